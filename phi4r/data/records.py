@@ -1,0 +1,364 @@
+"""Rows of a data set: read from JSONL or Parquet, checked, and turned into `Problem` and `Conversation`.
+
+Three kinds of row are understood, told apart by their fields:
+
+    {"messages": [{"role": "system"|"user"|"assistant", "content": str}, ...]}               a conversation
+    {"problem": str, "answer": str, "trace"?, "solution"?, "id"?, "task"?, "difficulty"?}    a problem, maybe with its working
+    {"question": str, "answer": "worked steps\\n#### final"}                                  GSM8K's form of the same
+
+Every other field is kept in `meta`. A row that does not fit is a bad row: it stops the load, or is written to a reject
+file and counted. Rows read = rows kept + rows rejected, always (`LoadReport`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from phi4r.errors import UserError
+from phi4r.io import JsonlWriter
+
+OnBadRow = Literal["stop", "skip"]
+ROLES = ("system", "user", "assistant")
+JSONL_SUFFIXES = (".jsonl", ".ndjson")
+PARQUET_SUFFIXES = (".parquet",)
+
+_CALCULATOR_NOTE = re.compile(r"<<[^<>]*>>")
+_GROUPED_NUMBER = re.compile(r"[-+]?\$?\d{1,3}(,\d{3})+(\.\d+)?")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation; `role` is one of `ROLES`."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A messages row. `id` is the row's own, or "file:line"; `meta` holds every field this module does not know."""
+
+    id: str
+    messages: tuple[Message, ...]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question with a gold answer, and maybe its working.
+
+    `trace` is the text inside the think block ("" is an empty block, None means there is none to train on); `solution` is
+    the text after `</think>`. `task` names the checker ("" = free-form mathematics), `difficulty` is in that task's unit.
+    """
+
+    id: str
+    problem: str
+    answer: str
+    task: str = ""
+    difficulty: float | None = None
+    trace: str | None = None
+    solution: str | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+Record = Problem | Conversation
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """Where a row failed and why. `field` is "" when the row as a whole is unreadable."""
+
+    file: str
+    line: int
+    field: str
+    reason: str
+
+    def __str__(self) -> str:
+        where = f" field '{self.field}':" if self.field else ""
+        return f"{self.file}:{self.line}:{where} {self.reason}"
+
+
+@dataclass
+class LoadReport:
+    """Counts of one load: `rows` = `kept` + `rejected`; blank lines are not rows. `reasons` counts rejections by kind."""
+
+    files: list[str] = field(default_factory=list)
+    ignored_files: list[str] = field(default_factory=list)
+    rows: int = 0
+    kept: int = 0
+    rejected: int = 0
+    blank_lines: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    reject_file: str = ""
+
+    def summary(self) -> str:
+        """One line for the console."""
+        text = f"{self.kept:,} of {self.rows:,} rows kept from {len(self.files)} file(s)"
+        if self.rejected:
+            text += f", {self.rejected:,} rejected -> {self.reject_file}"
+        if self.ignored_files:
+            text += f", {len(self.ignored_files)} other file(s) ignored"
+        return text
+
+
+class _RowError(Exception):
+    """A row that does not fit: the field, and what is wrong with it. Never leaves this module."""
+
+    def __init__(self, field_name: str, reason: str) -> None:
+        super().__init__(reason)
+        self.field_name, self.reason = field_name, reason
+
+
+# --- one row
+
+
+def _type_name(value: Any) -> str:
+    names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
+
+
+def _text(row: Mapping[str, Any], key: str, where: str = "", *, may_be_empty: bool = False) -> str:
+    name = f"{where}.{key}" if where else key
+    if key not in row:
+        raise _RowError(name, "missing (expected a string)")
+    value = row[key]
+    if not isinstance(value, str):
+        raise _RowError(name, f"expected a string, found {_type_name(value)}")
+    if not may_be_empty and not value.strip():
+        raise _RowError(name, "empty (expected text)")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise _RowError(name, f"unpaired surrogate at character {error.start}, not valid Unicode text") from None
+    return value
+
+
+def _optional_text(row: Mapping[str, Any], key: str) -> str | None:
+    return None if row.get(key) is None else _text(row, key, may_be_empty=True)
+
+
+def _identifier(row: Mapping[str, Any], default: str) -> str:
+    value = row.get("id")
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return default if value is None else _text(row, "id")
+
+
+def _conversation(row: Mapping[str, Any], default_id: str) -> Conversation:
+    raw = row["messages"]
+    if not isinstance(raw, list) or not raw:
+        found = "an empty array" if isinstance(raw, list) else _type_name(raw)
+        raise _RowError("messages", f"expected a non-empty array of messages, found {found}")
+    messages = []
+    for index, item in enumerate(raw):
+        where = f"messages[{index}]"
+        if not isinstance(item, Mapping):
+            raise _RowError(where, f"expected an object with role and content, found {_type_name(item)}")
+        role = _text(item, "role", where)
+        if role not in ROLES:
+            raise _RowError(f"{where}.role", f"unknown role {role!r} (known: {', '.join(ROLES)})")
+        messages.append(Message(role, _text(item, "content", where, may_be_empty=role != "assistant")))
+    if not any(message.role == "assistant" for message in messages):
+        raise _RowError("messages", "no assistant message, so nothing to train on")
+    meta = {key: value for key, value in row.items() if key not in ("messages", "id")}
+    return Conversation(_identifier(row, default_id), tuple(messages), meta)
+
+
+def _problem(row: Mapping[str, Any], default_id: str) -> Problem:
+    difficulty = row.get("difficulty")
+    if difficulty is not None:
+        if isinstance(difficulty, bool) or not isinstance(difficulty, (int, float)):
+            raise _RowError("difficulty", f"expected a number, found {_type_name(difficulty)}")
+        if not math.isfinite(difficulty):
+            raise _RowError("difficulty", f"expected a finite number, found {difficulty}")
+    known = ("id", "problem", "answer", "task", "difficulty", "trace", "solution")
+    return Problem(
+        id=_identifier(row, default_id),
+        problem=_text(row, "problem"),
+        answer=_text(row, "answer"),
+        task=_optional_text(row, "task") or "",
+        difficulty=difficulty,
+        trace=_optional_text(row, "trace"),
+        solution=_optional_text(row, "solution"),
+        meta={key: value for key, value in row.items() if key not in known},
+    )
+
+
+def _gsm8k(row: Mapping[str, Any], default_id: str) -> Problem:
+    """GSM8K: the steps become the trace, `final` the answer, and the solution is `\\boxed{final}`.
+
+    Two things are changed in the text, both machine marks and not prose: calculator notes (`<<48/2=24>>`) are taken out,
+    and thousands separators of the final number are (1,200 -> 1200).
+    """
+    question, answer = _text(row, "question"), _text(row, "answer")
+    steps, marker, final = answer.rpartition("####")
+    final = final.strip()
+    if not marker or not final:
+        reason = "expected worked steps that end in '#### final answer' (for a bare answer name the question 'problem')"
+        raise _RowError("answer", reason)
+    if _GROUPED_NUMBER.fullmatch(final):
+        final = final.replace(",", "")
+    return Problem(
+        id=_identifier(row, default_id),
+        problem=question,
+        answer=final,
+        trace=_CALCULATOR_NOTE.sub("", steps).strip(),
+        solution=rf"\boxed{{{final}}}",
+        meta={key: value for key, value in row.items() if key not in ("question", "answer", "id")},
+    )
+
+
+def _record(row: Any, default_id: str) -> Record:
+    if not isinstance(row, Mapping):
+        raise _RowError("", f"expected a JSON object, found {_type_name(row)}")
+    kinds = [key for key in ("messages", "problem", "question") if key in row]
+    if len(kinds) > 1:
+        raise _RowError(kinds[1], f"a row has either '{kinds[0]}' or '{kinds[1]}', not both")
+    if not kinds:
+        found = ", ".join(sorted(map(str, row))) or "none"
+        reason = f"expected 'messages', or 'problem' and 'answer', or 'question' and 'answer' (fields found: {found})"
+        raise _RowError("messages|problem|question", reason)
+    return {"messages": _conversation, "problem": _problem, "question": _gsm8k}[kinds[0]](row, default_id)
+
+
+# --- files
+
+
+def _reject_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _jsonl_rows(path: Path, report: LoadReport) -> Iterator[tuple[int, Any, str]]:
+    """Yields (line, row or _RowError, raw text)."""
+    with path.open("rb") as stream:
+        for line, data in enumerate(stream, start=1):
+            raw = data.decode("utf-8", errors="backslashreplace").rstrip("\r\n")
+            if not raw.strip():
+                report.blank_lines += 1
+                continue
+            try:
+                row = json.loads(data.decode("utf-8-sig" if line == 1 else "utf-8"), parse_constant=_reject_constant)
+            except UnicodeDecodeError as error:
+                row = _RowError("", f"not UTF-8 (byte {error.start} of the line)")
+            except json.JSONDecodeError as error:
+                row = _RowError("", f"not valid JSON: {error.msg} (column {error.colno})")
+            except (ValueError, RecursionError) as error:
+                row = _RowError("", f"not valid JSON: {error}")
+            yield line, row, raw
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, Any, str]]:
+    """Yields (row number from 1, row, its JSON text); columns that are null in a row are absent from it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    line = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for full in batch.to_pylist():
+                    line += 1
+                    row = {key: value for key, value in full.items() if value is not None}
+                    yield line, row, json.dumps(full, default=str)
+    except (pa.ArrowInvalid, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: cannot be read as Parquet after row {line}: {reason}") from None
+
+
+def find_files(path: str | Path) -> tuple[list[Path], list[Path]]:
+    """The data files at `path` (a file, or a folder searched one level deep, in name order), and those it ignores."""
+    path = Path(path)
+    suffixes = JSONL_SUFFIXES + PARQUET_SUFFIXES
+    if path.is_file():
+        if path.suffix not in suffixes:
+            raise UserError(f"{path}: unknown kind of data file (expected a name ending in {', '.join(suffixes)})")
+        return [path], []
+    if not path.is_dir():
+        raise UserError(f"{path}: no such data file or folder")
+    inside = sorted(entry for entry in path.iterdir() if entry.is_file())
+    files = [entry for entry in inside if entry.suffix in suffixes]
+    if not files:
+        raise UserError(f"{path}: no data files in this folder (expected names ending in {', '.join(suffixes)})")
+    return files, [entry for entry in inside if entry.suffix not in suffixes]
+
+
+def load_records(
+    path: str | Path, on_bad_row: OnBadRow = "stop", reject_path: str | Path | None = None
+) -> tuple[list[Record], LoadReport]:
+    """Reads every row of a JSONL or Parquet file, or of a folder of them, in file and line order.
+
+    A bad row raises `UserError` with file, line, field and reason ("stop"), or is written to `reject_path` as
+    {"file", "line", "field", "reason", "raw"} and counted ("skip"). A load that keeps no row at all is an error either way.
+    """
+    if on_bad_row == "skip" and reject_path is None:
+        raise ValueError("on_bad_row='skip' needs reject_path: a skipped row has to be written somewhere")
+    files, ignored = find_files(path)
+    report = LoadReport(files=[str(file) for file in files], ignored_files=[str(file) for file in ignored])
+    records: list[Record] = []
+    first_use: dict[str, str] = {}
+    with ExitStack() as stack:
+        rejects: JsonlWriter | None = None
+        for file in files:
+            rows = _jsonl_rows(file, report) if file.suffix in JSONL_SUFFIXES else _parquet_rows(file)
+            for line, row, raw in rows:
+                report.rows += 1
+                place = f"{file.name}:{line}"
+                try:
+                    if isinstance(row, _RowError):
+                        raise row
+                    record = _record(row, place)
+                    if record.id in first_use:
+                        raise _RowError("id", f"{record.id!r} is already used at {first_use[record.id]}")
+                except _RowError as error:
+                    bad = BadRow(str(file), line, error.field_name, error.reason)
+                    if on_bad_row == "stop":
+                        raise UserError(str(bad)) from None
+                    assert reject_path is not None
+                    if rejects is None:
+                        rejects = stack.enter_context(JsonlWriter(reject_path))
+                        report.reject_file = str(reject_path)
+                    rejects.write({**bad.__dict__, "raw": raw})
+                    report.rejected += 1
+                    kind = f"{bad.field}: {bad.reason}" if bad.field else bad.reason.split(":")[0]
+                    report.reasons[kind] = report.reasons.get(kind, 0) + 1
+                else:
+                    first_use[record.id] = place
+                    records.append(record)
+                    report.kept += 1
+    if not records:
+        more = f" (all {report.rows} rejected, see {report.reject_file})" if report.rows else ""
+        raise UserError(f"{path}: no usable rows{more}")
+    return records, report
+
+
+def load_problems(
+    path: str | Path, on_bad_row: OnBadRow = "stop", reject_path: str | Path | None = None
+) -> tuple[list[Problem], LoadReport]:
+    """`load_records` for a stage that needs a gold answer in every row (RL, evaluation, curation).
+
+    A valid messages row here means the wrong file, not a damaged line, so it is an error whatever `on_bad_row` says.
+    """
+    records, report = load_records(path, on_bad_row, reject_path)
+    problems = []
+    for record in records:
+        if isinstance(record, Conversation):
+            raise UserError(f"{path}: row {record.id} has 'messages'; this stage needs rows with 'problem' and 'answer'")
+        problems.append(record)
+    return problems, report
+
+
+def problem_row(problem: Problem) -> dict[str, Any]:
+    """The JSON row of a problem: `load_problems` of these rows gives the same problems back."""
+    row: dict[str, Any] = {"id": problem.id, "problem": problem.problem, "answer": problem.answer}
+    for key in ("task", "difficulty", "trace", "solution"):
+        value = getattr(problem, key)
+        if value not in (None, "") or (key in ("trace", "solution") and value == ""):
+            row[key] = value
+    return row | problem.meta
