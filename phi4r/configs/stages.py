@@ -1,0 +1,198 @@
+"""The configuration of each stage: a seed and its sections, with the checks that need more than one section."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from phi4r.configs.sections import (
+    CheckpointConfig,
+    CurateSettings,
+    DataConfig,
+    EvalSettings,
+    InitConfig,
+    LogConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ProblemsConfig,
+    RewardConfig,
+    RolloutConfig,
+    TokenizerConfig,
+    TrainConfig,
+    require,
+)
+
+
+def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Refuse a layout that cannot hold the model: raises ConfigError with the two numbers that disagree."""
+    tp = parallel.tp
+    for name, count, what in (
+        ("num_query_groups", model.num_query_groups, "KV heads"),
+        ("num_attention_heads", model.num_attention_heads, "query heads"),
+    ):
+        fits = [
+            n
+            for n in range(1, count + 1)
+            if model.num_query_groups % n == 0 and model.num_attention_heads % n == 0
+        ]
+        listed = ", ".join(map(str, fits[:-1])) + f" or {fits[-1]}" if len(fits) > 1 else "1"
+        owner = "Phi-4" if model.preset.startswith("phi4") else "this model"
+        require(
+            count % tp == 0,
+            "parallel.tp",
+            f"{tp} does not divide the {count} {what} (model.{name}): {owner} has {model.num_query_groups} KV heads,"
+            f" so TP is {listed}",
+        )
+    for name, count in (("ffn_hidden_size", model.ffn_hidden_size), ("vocab_size", model.vocab_size)):
+        require(count % tp == 0, "parallel.tp", f"{tp} does not divide model.{name} ({count})")
+    require(
+        not parallel.sp or model.hidden_size % tp == 0,
+        "parallel.tp",
+        f"{tp} does not divide model.hidden_size ({model.hidden_size})",
+    )
+    stages = parallel.pp * parallel.vpp
+    text = (
+        f"parallel.pp x parallel.vpp = {parallel.pp} x {parallel.vpp}"
+        if parallel.vpp > 1
+        else f"{parallel.pp}"
+    )
+    require(
+        model.num_layers % stages == 0,
+        "parallel.vpp" if parallel.vpp > 1 else "parallel.pp",
+        f"{text} does not divide model.num_layers ({model.num_layers})",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig:
+    """Supervised fine-tuning on packed chat documents."""
+
+    seed: int = 0
+    """Seed of every random choice of the run."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, "seed", f"must be at least 0, got {self.seed}")
+        check_layout(self.model, self.parallel)
+        p, rows, length = self.parallel, self.train.global_batch_size, self.data.seq_length
+        require(
+            rows % p.dp == 0,
+            "train.global_batch_size",
+            f"{rows} rows cannot be shared evenly by parallel.dp = {p.dp} ranks",
+        )
+        require(
+            p.vpp == 1 or (rows // p.dp) % p.pp == 0,
+            "train.global_batch_size",
+            f"{rows} rows over parallel.dp = {p.dp} are {rows // p.dp} microbatches; the interleaved pipeline needs a"
+            f" multiple of parallel.pp = {p.pp}",
+        )
+        # Context parallelism deals each rank two chunks (zig-zag); sequence parallelism cuts a rank's part once more.
+        pieces = (2 * p.cp if p.cp > 1 else 1) * (p.tp if p.sp else 1)
+        require(
+            length % pieces == 0,
+            "data.seq_length",
+            f"{length} is not a multiple of {pieces}, which parallel.cp = {p.cp}"
+            + (f" and parallel.sp at tp = {p.tp} need" if p.sp else " needs"),
+        )
+        require(
+            length <= self.model.max_position_embeddings,
+            "data.seq_length",
+            f"{length} is beyond model.max_position_embeddings ({self.model.max_position_embeddings})",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLConfig:
+    """GRPO: sample, verify and reward, compare within groups, step."""
+
+    seed: int = 0
+    """Seed of every random choice of the run."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    problems: ProblemsConfig = field(default_factory=ProblemsConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, "seed", f"must be at least 0, got {self.seed}")
+        check_layout(self.model, self.parallel)
+        rollout = self.rollout
+        require(
+            rollout.group_size >= 2,
+            "rollout.group_size",
+            f"must be at least 2 for RL (an advantage compares the samples of a group), got {rollout.group_size}",
+        )
+        bias = "must be {} for RL (a filtered sampler is not the policy, which biases the ratio), got {}"
+        require(rollout.top_p == 1.0, "rollout.top_p", bias.format("1.0", rollout.top_p))
+        require(rollout.top_k == 0, "rollout.top_k", bias.format("0", rollout.top_k))
+        longest = rollout.max_prompt_tokens + rollout.max_new_tokens
+        require(
+            longest <= self.model.max_position_embeddings,
+            "rollout.max_new_tokens",
+            f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest} is beyond model.max_position_embeddings"
+            f" ({self.model.max_position_embeddings})",
+        )
+        reward = self.reward.resolved(rollout.max_new_tokens)
+        require(
+            reward.positive_tokens < reward.max_tokens,
+            "reward.positive_tokens",
+            f"must be below L_max ({reward.max_tokens}), got {reward.positive_tokens}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurateConfig:
+    """Curation: near-duplicates and leaks out, difficulty measured, the teachable band kept."""
+
+    seed: int = 0
+    """Seed of every random choice of the run."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    problems: ProblemsConfig = field(default_factory=ProblemsConfig)
+    curate: CurateSettings = field(default_factory=CurateSettings)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, "seed", f"must be at least 0, got {self.seed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Evaluation: repeated runs, intervals over problems and samples, paired comparison."""
+
+    seed: int = 0
+    """Seed of every random choice of the run."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    problems: ProblemsConfig = field(default_factory=ProblemsConfig)
+    eval: EvalSettings = field(default_factory=EvalSettings)
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, "seed", f"must be at least 0, got {self.seed}")
+
+
+StageConfig = SFTConfig | RLConfig | CurateConfig | EvalConfig
+
+STAGES: dict[str, type[StageConfig]] = {
+    "sft": SFTConfig,
+    "rl": RLConfig,
+    "curate": CurateConfig,
+    "eval": EvalConfig,
+}
+"""Stage name -> its configuration. The names are also the tables `[sft.*]`, `[rl.*]`, ... of a recipe."""
