@@ -1,0 +1,205 @@
+"""Phi-4 as a megatron-core GPTModel: config, layer spec, head, and the model chunks of this rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state as mpu
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from phi4r.configs.sections import ModelConfig, ParallelConfig
+from phi4r.model.attention import CoreAttention
+from phi4r.model.backends import select_backend
+from phi4r.model.packed import HeadRequest, PackedContext
+from phi4r.parallel.logprobs import VocabShard, linear_logprobs
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class RMSNorm(torch.nn.Module):
+    """x / rms(x) * weight, variance in fp32; unlike megatron's torch norm it allows sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        # finalize_model_grads sums the gradients of parameters so marked over the TP group.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.size(-1),), self.weight, self.eps)
+
+
+class LogprobHead(ColumnParallelLinear):
+    """The output layer, vocabulary-parallel: gives log-probs and entropy of labels, never [tokens, vocabulary] logits."""
+
+    def forward(self, hidden: Tensor, request: HeadRequest, gather_sequence: bool) -> Tensor:  # type: ignore[override]
+        """hidden [T local / tp if SP, 1, D] -> [2, T local] (log-prob, entropy), or logits [B, vocabulary] fp32."""
+        if gather_sequence:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden)
+        hidden_TD = hidden[:, 0]
+        if request.logits_at is not None:
+            return self._gathered_logits(hidden_TD[request.logits_at])
+        assert request.labels_T is not None
+        size = self.weight.size(0)
+        shard = VocabShard(self.tp_group.rank() * size, size, self.tp_group)
+        select = request.select_T
+        logprobs, entropy = linear_logprobs(
+            hidden_TD if select is None else hidden_TD[select],
+            self.weight,
+            request.labels_T if select is None else request.labels_T[select],
+            shard=shard,
+            temperature=request.temperature,
+            chunk_size=request.chunk_size,
+            with_entropy=request.with_entropy,
+        )
+        values = torch.stack([logprobs, entropy])
+        if select is None:
+            return values
+        full = values.new_zeros(2, hidden_TD.size(0))
+        full[:, select] = values
+        return full
+
+    def _gathered_logits(self, hidden_BD: Tensor) -> Tensor:
+        logits_BV = hidden_BD.float() @ self.weight.float().T
+        if self.tp_group.size() == 1:
+            return logits_BV
+        shards = [torch.empty_like(logits_BV) for _ in range(self.tp_group.size())]
+        torch.distributed.all_gather(shards, logits_BV.contiguous(), group=self.tp_group)
+        return torch.cat(shards, dim=1)
+
+
+class Phi4Model(GPTModel):
+    """GPTModel whose last stage answers the row's `HeadRequest` instead of returning logits."""
+
+    def __init__(self, config: TransformerConfig, model: ModelConfig, vocab_size: int, **stage: Any) -> None:
+        layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+        layer.submodules.self_attention.submodules.core_attention = CoreAttention
+        num_layers = get_num_layers_to_build(config, stage["vp_stage"])
+        super().__init__(
+            config=config,
+            transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm),
+            vocab_size=vocab_size,
+            max_sequence_length=model.max_position_embeddings,
+            share_embeddings_and_output_weights=False,
+            position_embedding_type="none",  # CoreAttention rotates
+            parallel_output=True,
+            **stage,
+        )
+        if self.post_process:
+            # GPTModel names its output layer's class itself; ours adds no state, so the built one is retyped.
+            self.output_layer.__class__ = LogprobHead
+
+    def forward(self, input_ids: Tensor, context: PackedContext) -> Tensor:  # type: ignore[override]
+        """input_ids int64 [1, T local]; returns hidden states between stages, the head's answer on the last."""
+        return super().forward(input_ids, None, None, packed_seq_params=context)
+
+    def _postprocess(self, hidden_states: Tensor, packed_seq_params: PackedContext, **unused: Any) -> Tensor:
+        if not self.post_process:
+            return hidden_states
+        return self.output_layer(hidden_states, packed_seq_params.head, self.config.sequence_parallel)
+
+
+def uneven_stages(num_layers: int, pp: int) -> tuple[int, int]:
+    """(layers of the first stage, of the last) where `pp` does not divide `num_layers`; stages between hold the rounded
+    share each. The last stage gets the fewer: it also runs the head."""
+    middle = round(num_layers / pp) if pp > 2 else 0
+    rest = num_layers - middle * (pp - 2)
+    return rest - rest // 2, rest // 2
+
+
+def transformer_config(model: ModelConfig, parallel: ParallelConfig, recompute: str = "none") -> TransformerConfig:
+    """Megatron-core's config for a Phi-4-shaped model under a layout. recompute: none, selective (core attention) or full."""
+    dtype = DTYPES[model.dtype]
+    on_cpu = not torch.cuda.is_available()
+    options: dict[str, Any] = {}
+    if recompute == "full":
+        options = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    elif recompute == "selective":
+        options = dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+    interleaved = parallel.vpp > 1
+    if parallel.pp > 1 and model.num_layers % parallel.pp:
+        first, last = uneven_stages(model.num_layers, parallel.pp)
+        options |= dict(num_layers_in_first_pipeline_stage=first, num_layers_in_last_pipeline_stage=last)
+    config = TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=on_cpu,
+        perform_initialization=False,  # weights come from the name table, independent of the layout
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if interleaved else None,
+        context_parallel_size=parallel.cp,
+        sequence_parallel=parallel.sp,
+        # Fusions compile with C++ on CPU or need transformer-engine; megatron's fused cross-entropy rounds gradients to bf16.
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        calculate_per_token_loss=True,
+        batch_p2p_sync=False,
+        # On gloo a freed tensor may still be in flight: silently wrong losses with interleaving.
+        deallocate_pipeline_outputs=not on_cpu,
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        **options,
+    )
+    config.phi4r_rope_theta = model.rope_theta
+    config.phi4r_attention_backend = select_backend(model.attention_backend)
+    return config
+
+
+def build_model(
+    model: ModelConfig, parallel: ParallelConfig, *, recompute: str = "none"
+) -> list[Phi4Model]:
+    """This rank's model chunks (one per virtual stage), parameters allocated but not filled.
+
+    Call after `init_layout`. `model.vocab_size` must be set (a multiple of tp).
+    """
+    config = transformer_config(model, parallel, recompute)
+    chunks = []
+    for stage in range(parallel.vpp):
+        vp_stage = stage if parallel.vpp > 1 else None
+        ignore_virtual = vp_stage is None
+        chunk = Phi4Model(
+            config,
+            model,
+            model.vocab_size,
+            pre_process=mpu.is_pipeline_first_stage(ignore_virtual=ignore_virtual, vp_stage=vp_stage),
+            post_process=mpu.is_pipeline_last_stage(ignore_virtual=ignore_virtual, vp_stage=vp_stage),
+            vp_stage=vp_stage,
+        )
+        chunks.append(chunk)
+    return chunks

@@ -1,0 +1,319 @@
+"""The training engine: model chunks, optimizer and pipeline schedule of this rank behind three verbs.
+
+`train_step` takes one optimizer step on packed rows, `forward` gives per-token values without gradients, `evaluate` sums a
+loss. All ranks are given the same list of rows and take their share, so a result never depends on the layout: a loss is
+a sum over tokens and a count, both reduced over all ranks before the division (design contract 3).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from phi4r.configs.sections import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from phi4r.data.packing import PackedRow
+from phi4r.model.gpt import DTYPES, Phi4Model, build_model
+from phi4r.model.packed import HeadRequest, PackedContext
+from phi4r.parallel import zigzag
+from phi4r.parallel.layout import Layout
+
+TokenLoss = Callable[[Tensor, Tensor, dict[str, Tensor]], tuple[Tensor, Tensor, dict[str, Tensor]]]
+"""(logprobs_T, entropy_T, row tensors) -> (loss sum, integer count, sums to report). Row tensors: `loss_mask` and the
+row's extras, each [T local] fp32."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step: `loss` = loss sum / count over all ranks, `sums` the reported sums, `applied` False where the
+    gradient was not finite and the step was left out."""
+
+    loss: float
+    count: int
+    grad_norm: float
+    applied: bool
+    sums: dict[str, float]
+
+
+def sft_loss(logprobs_T: Tensor, entropy_T: Tensor, row: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Cross-entropy: minus the sum of the targets' log-probs, and the number of targets."""
+    mask_T = row["loss_mask"]
+    loss = -(logprobs_T * mask_T).sum()
+    return loss, mask_T.sum(), {"loss": loss.detach()}
+
+
+class Engine:
+    """This rank's part of a model, with an optimizer if `optimizer` is given.
+
+    Parameters must be filled before the first step (`phi4r.model.names.load_weights` or a checkpoint), after which
+    `sync_optimizer` tells the optimizer about them.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        layout: Layout,
+        train: TrainConfig,
+        optimizer: OptimizerConfig | None = None,
+    ) -> None:
+        self.model_config, self.layout, self.train = model, layout, train
+        self.models: list[Phi4Model] = build_model(model, parallel, recompute=train.recompute)
+        for chunk in self.models:
+            chunk.to(layout.device)
+        self.config = self.models[0].config
+        self.chunks: list[Any] = list(self.models)
+        self.optimizer: Any = None
+        if optimizer is not None:
+            self._wrap(parallel, optimizer)
+        self._schedule = get_forward_backward_func()
+
+    def _wrap(self, parallel: ParallelConfig, optimizer: OptimizerConfig) -> None:
+        sharded = parallel.distributed_optimizer
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=sharded,
+            overlap_grad_reduce=parallel.overlap,
+            overlap_param_gather=parallel.overlap and sharded,
+            average_in_collective=False,
+        )
+        chunks = [
+            DistributedDataParallel(self.config, ddp, chunk, disable_bucketing=index > 0)
+            for index, chunk in enumerate(self.models)
+        ]
+        if parallel.overlap:
+            many = len(chunks) > 1
+            self.config.no_sync_func = [c.no_sync for c in chunks] if many else chunks[0].no_sync
+            if many:
+                self.config.grad_sync_func = [c.start_grad_sync for c in chunks]
+        self.config.finalize_model_grads_func = finalize_model_grads
+        settings = MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=optimizer.lr,
+            weight_decay=optimizer.weight_decay,
+            adam_beta1=optimizer.beta1,
+            adam_beta2=optimizer.beta2,
+            adam_eps=optimizer.eps,
+            clip_grad=optimizer.clip_grad,
+            use_distributed_optimizer=sharded,
+            overlap_param_gather=parallel.overlap and sharded,
+            bf16=self.config.bf16,
+            params_dtype=DTYPES[self.model_config.dtype],
+        )
+        self.chunks = chunks
+        self.optimizer = get_megatron_optimizer(settings, chunks, use_gloo_process_groups=False)
+        self.config.grad_scale_func = self.optimizer.scale_loss
+        self.clip_grad, self.weight_decay = optimizer.clip_grad, optimizer.weight_decay
+
+    def sync_optimizer(self) -> None:
+        """Copy freshly loaded parameters into the optimizer's fp32 master copies."""
+        if self.optimizer is not None:
+            self.optimizer.reload_model_params()
+
+    # --- the three verbs
+
+    def train_step(
+        self,
+        rows: Sequence[PackedRow],
+        loss: TokenLoss,
+        lr: float,
+        *,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+    ) -> StepResult:
+        """One optimizer step on `rows` (the same list on all ranks, at least one) at learning rate `lr`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_mult", 1.0)
+            group["weight_decay"] = self.weight_decay * group.get("wd_mult", 1.0)
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        sums = self._run(rows, loss, temperature, with_entropy, backward=True)
+        loss_sum, count = sums.pop("_loss"), sums.pop("_count")
+        grad_norm = self._step_optimizer(finite=math.isfinite(loss_sum))
+        applied = math.isfinite(grad_norm) and math.isfinite(loss_sum)
+        return StepResult(loss_sum / max(count, 1.0), int(count), grad_norm, applied, sums)
+
+    def _step_optimizer(self, finite: bool) -> float:
+        """Clip and step unless something is not finite; returns the gradient norm before clipping."""
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        if finite and math.isfinite(grad_norm):
+            if self.clip_grad > 0:
+                for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+                    parameters = part.get_parameters()
+                    if parameters:
+                        clip_grad_by_total_norm_fp32(parameters, self.clip_grad, grad_norm)
+            self.optimizer.step_with_ready_grads()
+        return grad_norm
+
+    @torch.no_grad()
+    def evaluate(self, rows: Sequence[PackedRow], loss: TokenLoss = sft_loss) -> tuple[float, int]:
+        """(loss sum / count, count) over `rows`, without gradients."""
+        for chunk in self.chunks:
+            chunk.eval()
+        sums = self._run(rows, loss, 1.0, False, backward=False)
+        return sums["_loss"] / max(sums["_count"], 1.0), int(sums["_count"])
+
+    @torch.no_grad()
+    def forward(
+        self, rows: Sequence[PackedRow], *, temperature: float = 1.0, with_entropy: bool = False, masked: bool = True
+    ) -> np.ndarray:
+        """Log-probs of the labels and entropies, float32 [2, rows, T], equal on all ranks.
+
+        masked: only where `loss_mask` is set (others are 0); else for every token.
+        """
+        for chunk in self.chunks:
+            chunk.eval()
+        padded, mine = self._share(rows)
+        length = len(rows[0].input_ids)
+        out = torch.zeros(2, len(padded), length, device=self.layout.device)
+        outputs: list[Tensor] = []
+
+        def collect(values_2T: Tensor, non_loss_data: bool = False) -> Any:
+            outputs.append(values_2T)
+            return values_2T
+
+        def forward_step(batches: Iterator[PackedRow], model: Any) -> tuple[Tensor, Any]:
+            context, ids = self._context(next(batches), temperature, with_entropy, masked)
+            return model(ids, context), collect
+
+        self._run_schedule(forward_step, [padded[i] for i in mine], length, backward=False, collect=True)
+        if self.layout.reports:
+            index = zigzag.local_index(length, self.layout.cp, self.layout.cp_rank).to(out.device)
+            for i, values_2T in zip(mine, outputs, strict=True):
+                out[:, i, index] = values_2T.float()
+        if self.layout.world_size > 1:
+            dist.all_reduce(out)  # every entry is non-zero on one rank only, so the sum is exact
+        return out[:, : len(rows)].cpu().numpy()
+
+    # --- how rows reach the schedule
+
+    def _share(self, rows: Sequence[PackedRow]) -> tuple[list[PackedRow], list[int]]:
+        """(rows padded with empty ones to fill all data-parallel ranks, this rank's indices)."""
+        multiple = self.layout.dp * (self.layout.pp if self.layout.vpp > 1 else 1)
+        padded = list(rows)
+        while len(padded) % multiple:
+            padded.append(empty_row(rows[0]))
+        return padded, list(range(self.layout.dp_rank, len(padded), self.layout.dp))
+
+    def _tensors(self, row: PackedRow) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """This CP rank's (input_ids, labels, position_ids, {loss_mask, extras}) of a row, on the device."""
+        layout = self.layout
+        index = zigzag.local_index(len(row.input_ids), layout.cp, layout.cp_rank).numpy()
+
+        def local(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array[index]).to(layout.device, non_blocking=True)
+
+        extras = {name: local(array) for name, array in row.extras.items()}
+        return local(row.input_ids), local(row.labels), local(row.position_ids), {"loss_mask": local(row.loss_mask), **extras}
+
+    def _context(
+        self, row: PackedRow, temperature: float, with_entropy: bool, masked: bool = True
+    ) -> tuple[PackedContext, Tensor]:
+        ids, labels, positions, tensors = self._tensors(row)
+        cu_seqlens = torch.from_numpy(row.cu_seqlens).to(self.layout.device)
+        head = HeadRequest(
+            labels_T=labels,
+            select_T=tensors["loss_mask"] > 0 if masked else None,
+            temperature=temperature,
+            chunk_size=self.train.logit_chunk_size,
+            with_entropy=with_entropy,
+        )
+        context = PackedContext(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=row.max_seqlen,
+            max_seqlen_kv=row.max_seqlen,
+            position_ids=positions,
+            num_tokens=len(row.input_ids),
+            cp=self.layout.cp,
+            cp_rank=self.layout.cp_rank,
+            head=head,
+        )
+        context.tensors = tensors
+        return context, ids[None]
+
+    def _run(
+        self, rows: Sequence[PackedRow], loss: TokenLoss, temperature: float, with_entropy: bool, *, backward: bool
+    ) -> dict[str, float]:
+        """Run the schedule; returns the reported sums with `_loss` and `_count`, reduced over all ranks."""
+        padded, mine = self._share(rows)
+
+        def forward_step(batches: Iterator[PackedRow], model: Any) -> tuple[Tensor, Any]:
+            context, ids = self._context(next(batches), temperature, with_entropy)
+
+            def loss_func(values_2T: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+                total, count, sums = loss(values_2T[0], values_2T[1], context.tensors)
+                return total, count.int(), {**sums, "_loss": total.detach(), "_count": count}
+
+            return model(ids, context), loss_func
+
+        length = len(rows[0].input_ids)
+        reports = self._run_schedule(forward_step, [padded[i] for i in mine], length, backward=backward)
+        return self._reduce(reports if self.layout.reports else [])
+
+    def _run_schedule(
+        self, forward_step: Callable, rows: list[PackedRow], length: int, *, backward: bool, collect: bool = False
+    ) -> list[dict[str, Tensor]]:
+        many = len(self.chunks) > 1
+        iterators = [iter(rows) for _ in self.chunks]
+        return self._schedule(
+            forward_step_func=forward_step,
+            data_iterator=iterators if many else iterators[0],
+            model=self.chunks if many else self.chunks[0],
+            num_microbatches=len(rows),
+            seq_length=length,
+            micro_batch_size=1,
+            forward_only=not backward,
+            collect_non_loss_data=collect,
+        )
+
+    def _reduce(self, reports: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Sum each reported value over this rank's microbatches and over all ranks, in float64."""
+        names = sorted(reports[0]) if reports else None
+        if self.layout.world_size > 1:
+            box = [names]
+            # The first rank that reports: last pipeline stage, tp 0, cp 0, dp 0.
+            source = self.layout.world_size - self.layout.world_size // self.layout.pp
+            dist.broadcast_object_list(box, src=source)
+            names = box[0]
+        assert names is not None
+        totals = torch.zeros(len(names), dtype=torch.float64, device=self.layout.device)
+        for report in reports:
+            totals += torch.stack([report[name].detach().double() for name in names]).to(totals.device)
+        if self.layout.world_size > 1:
+            dist.all_reduce(totals)
+        return dict(zip(names, totals.tolist(), strict=True))
+
+
+def empty_row(like: PackedRow) -> PackedRow:
+    """A row of padding with the shape and extras of `like`: it takes part in a step and counts for nothing."""
+    zeros = np.zeros_like
+    length = len(like.input_ids)
+    return PackedRow(
+        input_ids=zeros(like.input_ids),
+        labels=zeros(like.labels),
+        loss_mask=zeros(like.loss_mask),
+        position_ids=np.arange(length, dtype=like.position_ids.dtype),
+        cu_seqlens=np.array([0, length], dtype=like.cu_seqlens.dtype),
+        extras={name: zeros(array) for name, array in like.extras.items()},
+        doc_index=np.full_like(like.doc_index, -1),
+    )
