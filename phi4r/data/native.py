@@ -45,7 +45,9 @@ def _check_lengths(lengths: npt.NDArray[np.int64], capacity: int) -> None:
         raise ValueError(f"capacity must be positive, found {capacity}")
     bad = np.flatnonzero((lengths < 1) | (lengths > capacity))
     if len(bad):
-        raise ValueError(f"lengths[{bad[0]}] = {lengths[bad[0]]} is not between 1 and the capacity {capacity}")
+        raise ValueError(
+            f"lengths[{bad[0]}] = {lengths[bad[0]]} is not between 1 and the capacity {capacity}"
+        )
 
 
 def pack_ffd(lengths: npt.ArrayLike, capacity: int) -> npt.NDArray[np.int32]:
@@ -103,7 +105,9 @@ def pack_ffd_python(lengths: npt.NDArray[np.int64], capacity: int) -> npt.NDArra
     return bins
 
 
-def ngram_repetition_python(tokens: npt.NDArray[np.int32], ngram: int, threshold: int) -> tuple[int, int, int]:
+def ngram_repetition_python(
+    tokens: npt.NDArray[np.int32], ngram: int, threshold: int
+) -> tuple[int, int, int]:
     """`ngram_repetition` in Python: count the n-grams as tuples."""
     values = tokens.tolist()
     counts = Counter(zip(*(values[offset:] for offset in range(ngram)), strict=False))

@@ -83,7 +83,10 @@ class LengthReport:
 
 
 def fit_documents(
-    documents: Sequence[Document], seq_length: int, on_long: OnLong = "error", names: Sequence[str] | None = None
+    documents: Sequence[Document],
+    seq_length: int,
+    on_long: OnLong = "error",
+    names: Sequence[str] | None = None,
 ) -> tuple[list[Document], list[int], LengthReport]:
     """Applies the length rule: documents longer than `seq_length` are refused, cut to their head, or left out.
 
@@ -119,7 +122,11 @@ def fit_documents(
 
 
 def _fill(
-    documents: Sequence[Document], members: Sequence[int], seq_length: int, pad_id: int, extra_names: Sequence[str]
+    documents: Sequence[Document],
+    members: Sequence[int],
+    seq_length: int,
+    pad_id: int,
+    extra_names: Sequence[str],
 ) -> PackedRow:
     input_ids = np.full(seq_length, pad_id, dtype=np.int64)
     labels = np.full(seq_length, pad_id, dtype=np.int64)
@@ -158,7 +165,9 @@ def pack(documents: Sequence[Document], seq_length: int, pad_id: int = 0) -> lis
     extra_names = sorted(documents[0].extras)
     for index, document in enumerate(documents):
         if sorted(document.extras) != extra_names:
-            raise ValueError(f"document {index} has extras {sorted(document.extras)}, document 0 {extra_names}")
+            raise ValueError(
+                f"document {index} has extras {sorted(document.extras)}, document 0 {extra_names}"
+            )
     lengths = np.array([len(document.tokens) for document in documents], dtype=np.int64)
     bins = native.pack_ffd(lengths, seq_length)
     members: list[list[int]] = [[] for _ in range(int(bins.max()) + 1)]

@@ -136,7 +136,9 @@ def _text(row: Mapping[str, Any], key: str, where: str = "", *, may_be_empty: bo
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise _RowError(name, f"unpaired surrogate at character {error.start}, not valid Unicode text") from None
+        raise _RowError(
+            name, f"unpaired surrogate at character {error.start}, not valid Unicode text"
+        ) from None
     return value
 
 
@@ -244,7 +246,9 @@ def _jsonl_rows(path: Path, report: LoadReport) -> Iterator[tuple[int, Any, str]
                 report.blank_lines += 1
                 continue
             try:
-                row = json.loads(data.decode("utf-8-sig" if line == 1 else "utf-8"), parse_constant=_reject_constant)
+                row = json.loads(
+                    data.decode("utf-8-sig" if line == 1 else "utf-8"), parse_constant=_reject_constant
+                )
             except UnicodeDecodeError as error:
                 row = _RowError("", f"not UTF-8 (byte {error.start} of the line)")
             except json.JSONDecodeError as error:
@@ -278,14 +282,18 @@ def find_files(path: str | Path) -> tuple[list[Path], list[Path]]:
     suffixes = JSONL_SUFFIXES + PARQUET_SUFFIXES
     if path.is_file():
         if path.suffix not in suffixes:
-            raise UserError(f"{path}: unknown kind of data file (expected a name ending in {', '.join(suffixes)})")
+            raise UserError(
+                f"{path}: unknown kind of data file (expected a name ending in {', '.join(suffixes)})"
+            )
         return [path], []
     if not path.is_dir():
         raise UserError(f"{path}: no such data file or folder")
     inside = sorted(entry for entry in path.iterdir() if entry.is_file())
     files = [entry for entry in inside if entry.suffix in suffixes]
     if not files:
-        raise UserError(f"{path}: no data files in this folder (expected names ending in {', '.join(suffixes)})")
+        raise UserError(
+            f"{path}: no data files in this folder (expected names ending in {', '.join(suffixes)})"
+        )
     return files, [entry for entry in inside if entry.suffix not in suffixes]
 
 
@@ -349,7 +357,9 @@ def load_problems(
     problems = []
     for record in records:
         if isinstance(record, Conversation):
-            raise UserError(f"{path}: row {record.id} has 'messages'; this stage needs rows with 'problem' and 'answer'")
+            raise UserError(
+                f"{path}: row {record.id} has 'messages'; this stage needs rows with 'problem' and 'answer'"
+            )
         problems.append(record)
     return problems, report
 

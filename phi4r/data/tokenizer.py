@@ -1,0 +1,337 @@
+"""Text to ids and back: one class over Hugging Face `tokenizer.json` files (the Phi-4 family) and SentencePiece models.
+
+`encode` is for ordinary text: the characters "<|im_end|>" or "</think>" in a user's message are characters, never the
+special id of that name. Special ids come from attributes (`tokenizer.im_end`), and only the renderer puts them in place.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Protocol
+
+from phi4r.data import spm
+from phi4r.errors import UserError
+
+# Names of the special tokens, by role. The first name that the tokenizer has is taken.
+ROLE_NAMES: dict[str, tuple[str, ...]] = {
+    "im_start": ("<|im_start|>",),
+    "im_sep": ("<|im_sep|>",),
+    "im_end": ("<|im_end|>",),
+    "think": ("<think>",),
+    "end_think": ("</think>",),
+    "endoftext": ("<|endoftext|>",),
+    "pad": ("<|dummy_85|>", "<pad>", "<|pad|>", "<|endoftext|>"),
+}
+# The placeholders of Phi-4's tokenizer after its pad token, ids 100350 and 100351: what `think_tokens` usually names.
+PHI4_THINK_PLACEHOLDERS = ("<|dummy_86|>", "<|dummy_87|>")
+
+HF_FILE = "tokenizer.json"
+SPM_FILE = "tokenizer.model"
+# Files that stand beside a tokenizer.json and travel with it.
+_HF_COMPANIONS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+class _Backend(Protocol):
+    """What the class needs of a tokenizer library. `specials` maps the text of each special token to its id."""
+
+    vocab_size: int
+    specials: dict[str, int]
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+class _HuggingFace:
+    def __init__(self, data: bytes, source: str) -> None:
+        import tokenizers
+
+        try:
+            spec = json.loads(data)
+            added = spec["added_tokens"]
+            # All added tokens become "special": the library can then be told to read their text as text.
+            spec["added_tokens"] = [{**token, "special": True} for token in added]
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
+            self.specials: dict[str, int] = {token["content"]: token["id"] for token in added}
+        except Exception as error:  # the library raises bare Exception for every fault of the file
+            raise UserError(f"{source}: not a Hugging Face tokenizer.json: {error}") from None
+        for text, token_id in self.specials.items():
+            found = self._tokenizer.token_to_id(text)
+            if found != token_id:
+                raise UserError(
+                    f"{source}: added token {text!r} says id {token_id}, but the vocabulary makes it {found}"
+                )
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [item.ids for item in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+
+class _SentencePiece:
+    def __init__(self, data: bytes, source: str) -> None:
+        import sentencepiece
+
+        names = {name for names in ROLE_NAMES.values() for name in names}
+        try:
+            model = spm.as_control_symbols(data, names)
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except (RuntimeError, ValueError, IndexError) as error:
+            reason = str(error).splitlines()[-1] if str(error) else "unreadable"
+            raise UserError(f"{source}: not a SentencePiece model: {reason}") from None
+        self.vocab_size = self._processor.vocab_size()
+        self.specials = {
+            self._processor.id_to_piece(index): index
+            for index in range(self.vocab_size)
+            if self._processor.is_control(index)
+        }
+        # SentencePiece writes spaces as U+2581 inside, so that character itself must travel as bytes or become a space.
+        self._mark: list[int] = []
+        if self._processor.is_byte(self._processor.piece_to_id("<0xE2>")):
+            self._mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in "\u2581".encode()]
+
+    def encode(self, text: str) -> list[int]:
+        if "\u2581" not in text or not self._mark:
+            return list(self._processor.encode(text))
+        first, *rest = text.split("\u2581")
+        ids = self.encode(first)
+        for part in rest:
+            ids += self._mark + self.encode(part)
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._processor.decode(list(ids)))
+
+
+class Tokenizer:
+    """Ids and text of one vocabulary, with the special ids of the chat template by role.
+
+    Attributes: `vocab_size` (largest id + 1); `im_start`, `im_sep`, `im_end`, `think`, `end_think`, `endoftext`, `pad`
+    (ids); `eos_ids`: what ends a response, `<|im_end|>` and then `<|endoftext|>`; `special_ids`: id -> its text.
+    """
+
+    def __init__(self, backend: _Backend, files: dict[str, bytes], source: str) -> None:
+        self._backend, self._files, self.source = backend, files, source
+        self.vocab_size = backend.vocab_size
+        self.special_ids: dict[int, str] = {index: text for text, index in backend.specials.items()}
+        self._check_specials()
+        self.im_start, self.im_sep, self.im_end = (
+            self._role("im_start"),
+            self._role("im_sep"),
+            self._role("im_end"),
+        )
+        self.think, self.end_think = self._role("think"), self._role("end_think")
+        self.endoftext, self.pad = self._role("endoftext"), self._role("pad")
+        self.eos_ids: tuple[int, ...] = (self.im_end, self.endoftext)
+        by_length = sorted(backend.specials, key=len, reverse=True)
+        self._special_pattern = re.compile("(" + "|".join(map(re.escape, by_length)) + ")")
+
+    def _role(self, role: str) -> int:
+        return next(
+            self._backend.specials[name] for name in ROLE_NAMES[role] if name in self._backend.specials
+        )
+
+    def _check_specials(self) -> None:
+        missing = [
+            names[0] for names in ROLE_NAMES.values() if not any(n in self._backend.specials for n in names)
+        ]
+        if missing and set(missing) <= {"<think>", "</think>"}:
+            first, second = PHI4_THINK_PLACEHOLDERS
+            hint = ""
+            if first in self._backend.specials and second in self._backend.specials:
+                hint = f" (this one has Phi-4's unused {first} and {second})"
+            raise UserError(
+                f"{self.source}: has no single token for {' and '.join(missing)}; take a tokenizer that has them, such as "
+                f"Phi-4-reasoning's, or name two unused tokens to become them with tokenizer.think_tokens{hint}"
+            )
+        if missing:
+            raise UserError(
+                f"{self.source}: has no special token {', '.join(missing)}; the Phi-4 chat template needs "
+                f"{', '.join(names[0] for role, names in ROLE_NAMES.items() if role != 'pad')} as single tokens"
+            )
+        for text in self._backend.specials:
+            made = [
+                self.special_ids[index] for index in self._backend.encode(text) if index in self.special_ids
+            ]
+            if made:
+                raise UserError(
+                    f"{self.source}: ordinary text {text!r} becomes the special token {made[0]!r}"
+                )
+
+    # --- text and ids
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ordinary text. Never a special id, whatever the text says. Text must be valid Unicode (no surrogates)."""
+        return self._backend.encode(text) if text else []
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of many texts (Hugging Face tokenizers use several threads, see TOKENIZERS_PARALLELISM)."""
+        return self._backend.encode_batch(texts)
+
+    def encode_trusted(self, text: str) -> list[int]:
+        """Ids of text *we* wrote, in which special tokens are written out: "<|im_end|>" becomes its id.
+
+        For templates and test vectors. On text from a user or a file this is an injection hole: use the renderer.
+        """
+        parts = self._special_pattern.split(text)
+        ids: list[int] = []
+        for index, part in enumerate(parts):
+            ids += [self._backend.specials[part]] if index % 2 else self.encode(part)
+        return ids
+
+    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
+        """Text of ids, special tokens written out by name. `skip_special` leaves out the chat template's tokens and
+        padding; `<think>` and `</think>` stay, because they are part of what the assistant said."""
+        kept = {self.think, self.end_think}
+        text = []
+        for is_special, run in groupby(map(int, ids), key=self.special_ids.__contains__):
+            if is_special:
+                text += [self.special_ids[index] for index in run if not skip_special or index in kept]
+            else:
+                text.append(self._backend.decode(list(run)))
+        return "".join(text)
+
+    # --- files
+
+    @property
+    def kind(self) -> str:
+        """ "huggingface" or "sentencepiece"."""
+        return "huggingface" if HF_FILE in self._files else "sentencepiece"
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """The tokenizer's files by name: what `save` writes."""
+        return dict(self._files)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the tokenizer's own files into `folder`, so that a checkpoint can be used without the original."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in self._files.items():
+            temporary = folder / f".{name}.tmp"
+            temporary.write_bytes(data)
+            temporary.replace(folder / name)
+
+    @classmethod
+    def builtin(cls) -> Tokenizer:
+        """The small SentencePiece model for generated tasks: 320 pieces, characters of arithmetic, and all bytes."""
+        data = spm.builtin_model()
+        return cls(_SentencePiece(data, "built-in tokenizer"), {SPM_FILE: data}, "built-in tokenizer")
+
+    @classmethod
+    def load(cls, path: str | Path = "", think_tokens: tuple[str, str] | None = None) -> Tokenizer:
+        """A tokenizer from a folder (tokenizer.json, else a .model file), a .json or a .model file; "" is `builtin()`.
+
+        `think_tokens`: two tokens of a tokenizer.json that take the place of `<think>` and `</think>`, for Phi-4's own
+        tokenizer, which lacks them: ("<|dummy_86|>", "<|dummy_87|>"). They are renamed in the copy that `save` writes.
+        """
+        if path == "":
+            return cls.builtin()
+        path = Path(path)
+        if path.is_dir():
+            path = _file_in(path)
+        if path.suffix not in (".json", ".model"):
+            raise UserError(
+                f"{path}: unknown kind of tokenizer (expected a folder, a tokenizer.json or a .model file)"
+            )
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{path}: cannot read the tokenizer: {error.strerror}") from None
+        if path.suffix == ".model":
+            if think_tokens is not None:
+                raise UserError(
+                    f"{path}: tokenizer.think_tokens is for tokenizer.json files; train this model with them"
+                )
+            return cls(_SentencePiece(data, str(path)), {SPM_FILE: data}, str(path))
+        companions = [path.parent / name for name in _HF_COMPANIONS]
+        files = {HF_FILE: data} | {file.name: file.read_bytes() for file in companions if file.is_file()}
+        if think_tokens is not None:
+            files = _rename_think_tokens(files, think_tokens, str(path))
+        return cls(_HuggingFace(files[HF_FILE], str(path)), files, str(path))
+
+
+def _file_in(folder: Path) -> Path:
+    if (folder / HF_FILE).is_file():
+        return folder / HF_FILE
+    models = sorted(folder.glob("*.model"))
+    if (folder / SPM_FILE).is_file():
+        return folder / SPM_FILE
+    if len(models) != 1:
+        found = ", ".join(model.name for model in models) or "neither"
+        raise UserError(
+            f"{folder}: expected {HF_FILE} or one SentencePiece .model file in this folder, found {found}"
+        )
+    return models[0]
+
+
+def _rename(value: Any, names: dict[str, str]) -> Any:
+    """`value` with every "content" (and every whole string in a list) that is a key of `names` renamed."""
+    if isinstance(value, dict):
+        return {key: names.get(item, item) if key == "content" and isinstance(item, str) else _rename(item, names)
+                for key, item in value.items()}  # fmt: skip
+    if isinstance(value, list):
+        return [names.get(item, item) if isinstance(item, str) else _rename(item, names) for item in value]
+    return value
+
+
+def _rename_think_tokens(
+    files: dict[str, bytes], think_tokens: tuple[str, str], source: str
+) -> dict[str, bytes]:
+    try:
+        spec = json.loads(files[HF_FILE])
+        contents = [token["content"] for token in spec["added_tokens"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{source}: not a Hugging Face tokenizer.json: {error}") from None
+    names = dict(zip(think_tokens, ("<think>", "</think>"), strict=True))
+    for old, new in names.items():
+        if new in contents:
+            raise UserError(
+                f"{source}: already has {new}, so tokenizer.think_tokens must not name another token for it"
+            )
+        if old not in contents:
+            raise UserError(
+                f"{source}: tokenizer.think_tokens names {old!r}, which is not an added token of this file"
+            )
+        if any(old in role for role in ROLE_NAMES.values()):
+            raise UserError(
+                f"{source}: tokenizer.think_tokens names {old!r}, which the chat template itself needs"
+            )
+    spec["added_tokens"] = _rename(spec["added_tokens"], names)
+    renamed = dict(files)
+    renamed[HF_FILE] = json.dumps(spec, ensure_ascii=False).encode()
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if name in files:
+            renamed[name] = json.dumps(
+                _rename(json.loads(files[name]), names), indent=2, ensure_ascii=False
+            ).encode()
+    if "added_tokens.json" in files:
+        table = {
+            names.get(text, text): index for text, index in json.loads(files["added_tokens.json"]).items()
+        }
+        renamed["added_tokens.json"] = json.dumps(table, indent=2, ensure_ascii=False).encode()
+    return renamed
