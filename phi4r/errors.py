@@ -11,9 +11,9 @@ class UserError(Exception):
 class ConfigError(UserError):
     """A setting that is wrong in itself or does not go with another.
 
-    `key` is the dotted key (`optimizer.lr`), `reason` says what was expected and what was found, `source` says who set
-    the key (`tiny.toml, line 12`; the command line); the loader fills `source` in, code that builds a section by hand
-    leaves it empty.
+    `key` is the dotted key (`optimizer.lr`), `reason` says what was expected and what was found, `source`
+    says who set the key (`tiny.toml, line 12`; the command line); the loader fills `source` in, code that
+    builds a section by hand leaves it empty.
     """
 
     def __init__(self, key: str, reason: str, source: str = "") -> None:

@@ -26,7 +26,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _open_beside(path: Path) -> TextIO:
-    """A new text file beside `path` under a temporary name, with the permissions a plain `open` would give."""
+    """A new text file beside `path` under a temporary name, with the permissions a plain `open` would
+    give."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(descriptor)
@@ -53,7 +54,8 @@ def _discard(file: TextIO) -> None:
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
-    """Write `text` (UTF-8) to `path` so that the file is never seen half written. Makes the folder if needed."""
+    """Write `text` (UTF-8) to `path` so that the file is never seen half written. Makes the folder if
+    needed."""
     path = Path(path)
     file = _open_beside(path)
     try:
@@ -65,7 +67,8 @@ def atomic_write_text(path: str | Path, text: str) -> None:
 
 
 def atomic_write_json(path: str | Path, obj: Any) -> None:
-    """Write `obj` to `path` as indented JSON, whole or not at all. NaN and infinities are refused (ValueError)."""
+    """Write `obj` to `path` as indented JSON, whole or not at all. NaN and infinities are refused
+    (ValueError)."""
     atomic_write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -103,7 +106,8 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number from 1, object) for every non-blank line; a bad line raises UserError with file:line."""
+    """Yield (line number from 1, object) for every non-blank line; a bad line raises UserError with
+    file:line."""
     for number, text in read_lines(path):
         yield number, parse_json_object(text, f"{path}:{number}")
 
@@ -111,9 +115,9 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 class JsonlWriter:
     """Write JSON lines, as a context manager.
 
-    `append=False`: the file appears under its name only when the block ends without an error (temporary name, fsync,
-    rename). `append=True`: lines go to the end of the file at once, each as one write; a last line without a newline,
-    left by a process that was killed while writing, is dropped first.
+    `append=False`: the file appears under its name only when the block ends without an error (temporary name,
+    fsync, rename). `append=True`: lines go to the end of the file at once, each as one write; a last line
+    without a newline, left by a process that was killed while writing, is dropped first.
     """
 
     def __init__(self, path: str | Path, append: bool = False) -> None:
@@ -128,7 +132,8 @@ class JsonlWriter:
             self._file = _open_beside(self.path)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Add one line. NaN and infinities are written as Python's json does (`NaN`), for they are news, not noise."""
+        """Add one line. NaN and infinities are written as Python's json does (`NaN`), for they are news, not
+        noise."""
         self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self.num_written += 1
         if self.append:
@@ -171,7 +176,8 @@ class JsonlWriter:
 
 
 def drop_partial_line(path: str | Path) -> None:
-    """Cut off what follows the last newline of a file: the half line of a killed writer. No file, nothing to do."""
+    """Cut off what follows the last newline of a file: the half line of a killed writer. No file, nothing to
+    do."""
     path = Path(path)
     if not path.exists():
         return

@@ -1,4 +1,5 @@
-"""Model sizes by name: `model.preset = "phi4"` fills in the fields below, and anything set beside it wins over it."""
+"""Model sizes by name: `model.preset = "phi4"` fills in the fields below, and anything set beside it wins
+over it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The sections of a configuration: one frozen dataclass each, one documented field per setting.
 
-The string under a field is its documentation: `phi4r <command> --help` prints it. A section checks itself when it is
-made; what depends on several sections is checked in `stages`. Defaults are those of the tiny quick start, except where
-the paper gives a value that has no small-scale twin.
+The string under a field is its documentation: `phi4r <command> --help` prints it. A section checks itself
+when it is made; what depends on several sections is checked in `stages`. Defaults are those of the tiny quick
+start, except where the paper gives a value that has no small-scale twin.
 """
 
 from __future__ import annotations
@@ -43,10 +43,12 @@ def _positive(section: str, config: object, *names: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The transformer. Phi-4 is a pre-norm decoder with grouped-query attention, RoPE and a SiLU-gated MLP."""
+    """The transformer. Phi-4 is a pre-norm decoder with grouped-query attention, RoPE and a SiLU-gated
+    MLP."""
 
     preset: str = ""
-    """A named size that fills in the fields below: phi4, phi4_reasoning, tiny or tiny_deep ("": take them as given)."""
+    """A named size that fills in the fields below: phi4, phi4_reasoning, tiny or tiny_deep ("": take them as
+    given)."""
     num_layers: int = 3
     """Decoder layers."""
     hidden_size: int = 128
@@ -60,7 +62,8 @@ class ModelConfig:
     head_dim: int = 32
     """Width of one head; RoPE turns all of it."""
     vocab_size: int = 0
-    """Rows of the embedding and of the output head (0: the tokenizer's size rounded up to a multiple of 64)."""
+    """Rows of the embedding and of the output head (0: the tokenizer's size rounded up to a multiple of
+    64)."""
     rope_theta: float = 10_000.0
     """Base of the rotary angles. Phi-4 uses 250,000, doubled for the reasoning models."""
     max_position_embeddings: int = 512
@@ -70,7 +73,8 @@ class ModelConfig:
     init_std: float = 0.02
     """Standard deviation of random weights when init_scheme is "normal"."""
     init_scheme: Literal["normal", "fan_in"] = "fan_in"
-    """Random weights: "normal" = N(0, init_std) as in Phi-4; "fan_in" = N(0, 1/fan_in), which suits tiny models."""
+    """Random weights: "normal" = N(0, init_std) as in Phi-4; "fan_in" = N(0, 1/fan_in), which suits tiny
+    models."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Compute and weight type. With bf16 the optimizer keeps fp32 master weights."""
     attention_backend: Literal["auto", "reference", "sdpa", "triton", "flash_attn"] = "auto"
@@ -84,9 +88,19 @@ class ModelConfig:
             f"expected one of {names}, got {self.preset!r}",
         )
         _positive(
-            "model", self, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
-            "head_dim", "rope_theta", "max_position_embeddings", "rms_norm_eps", "init_std",
-        )  # fmt: skip
+            "model",
+            self,
+            "num_layers",
+            "hidden_size",
+            "ffn_hidden_size",
+            "num_attention_heads",
+            "num_query_groups",
+            "head_dim",
+            "rope_theta",
+            "max_position_embeddings",
+            "rms_norm_eps",
+            "init_std",
+        )
         _at_least("model", self, vocab_size=0)
         require(
             self.head_dim % 2 == 0, "model.head_dim", f"must be even (RoPE turns pairs), got {self.head_dim}"
@@ -94,19 +108,21 @@ class ModelConfig:
         require(
             self.num_attention_heads % self.num_query_groups == 0,
             "model.num_attention_heads",
-            f"must be a multiple of model.num_query_groups ({self.num_query_groups}), got {self.num_attention_heads}",
+            f"{self.num_attention_heads} heads cannot share {self.num_query_groups} KV heads",
         )
 
     @classmethod
     def from_preset(cls, preset: str, **changes: Any) -> ModelConfig:
-        """The named size with `changes` on top. (`ModelConfig(preset=...)` by itself only records the name.)"""
+        """The named size with `changes` on top. (`ModelConfig(preset=...)` by itself only records the
+        name.)"""
         if preset not in PRESETS:
             raise ConfigError("model.preset", f"expected one of {', '.join(PRESETS)}, got {preset!r}")
         return cls(**{"preset": preset, **PRESETS[preset], **changes})
 
     @property
     def num_parameters(self) -> int:
-        """Exact number of weights (Phi-4: 14,659,507,200). Raises ConfigError while vocab_size is 0 (not yet known)."""
+        """Exact number of weights (Phi-4: 14,659,507,200). Raises ConfigError while vocab_size is 0 (not yet
+        known)."""
         require(
             self.vocab_size > 0,
             "model.vocab_size",
@@ -124,7 +140,8 @@ class ParallelConfig:
     """How the work is cut over tp x pp x cp x dp ranks. The results are the same whatever the layout."""
 
     tp: int = 1
-    """Tensor parallel ranks: each holds a slice of every matrix. Must divide the query heads, KV heads and vocabulary."""
+    """Tensor parallel ranks: each holds a slice of every matrix. Must divide the query heads, KV heads and
+    vocabulary."""
     pp: int = 1
     """Pipeline parallel ranks: each holds num_layers / pp consecutive layers."""
     vpp: int = 1
@@ -134,7 +151,8 @@ class ParallelConfig:
     dp: int = 1
     """Data parallel ranks: each works on its own rows of the global batch."""
     sp: bool = False
-    """Sequence parallelism: tensor parallel ranks also split the activations of norms and residuals (needs tp > 1)."""
+    """Sequence parallelism: tensor parallel ranks also split the activations of norms and residuals (needs tp
+    > 1)."""
     distributed_optimizer: bool = True
     """Shard the optimizer state over dp x cp ranks instead of copying it."""
     overlap: bool = False
@@ -142,7 +160,8 @@ class ParallelConfig:
     timeout_s: float = 600.0
     """Seconds after which a collective, or the start of the ranks, is given up."""
     threads: int = 1
-    """CPU threads per rank. One is fastest for tiny models; results repeat bit for bit only at the same number."""
+    """CPU threads per rank. One is fastest for tiny models; results repeat bit for bit only at the same
+    number."""
 
     def __post_init__(self) -> None:
         _at_least("parallel", self, tp=1, pp=1, vpp=1, cp=1, dp=1, threads=1)
@@ -165,7 +184,8 @@ class TokenizerConfig:
     """Text to token ids."""
 
     path: str = ""
-    """A Hugging Face folder, a tokenizer.json or a SentencePiece .model ("": the small built-in one for generated tasks)."""
+    """A Hugging Face folder, a tokenizer.json or a SentencePiece .model ("": the small built-in one for
+    generated tasks)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +193,8 @@ class DataConfig:
     """The documents of supervised fine-tuning."""
 
     path: str = ""
-    """JSONL or Parquet of messages, or of problem + answer (+ trace); a file or a folder ("": generate from `task`)."""
+    """JSONL or Parquet of messages, or of problem + answer (+ trace); a file or a folder ("": generate from
+    `task`)."""
     task: str = "modchain"
     """Generator used while `path` is empty: modchain, addition or countdown."""
     num_generated: int = 25_600
@@ -206,7 +227,8 @@ class OptimizerConfig:
     warmup_steps: int = 50
     """Steps of linear warm-up from 0. The paper: 450 for SFT, 10 for RL."""
     decay: Literal["constant", "cosine", "linear"] = "cosine"
-    """Shape after the warm-up, until train.num_steps. The paper does not say; the phi4 recipes stay constant."""
+    """Shape after the warm-up, until train.num_steps. The paper does not say; the phi4 recipes stay
+    constant."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices (norm weights have none). The paper: 1e-4."""
     beta1: float = 0.9
@@ -293,7 +315,8 @@ class InitConfig:
     """Where the weights come from."""
 
     checkpoint: str = ""
-    """A phi4r checkpoint, a run folder (its newest checkpoint) or a Hugging Face folder ("": random weights)."""
+    """A phi4r checkpoint, a run folder (its newest checkpoint) or a Hugging Face folder ("": random
+    weights)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,7 +326,8 @@ class ProblemsConfig:
     path: str = ""
     """JSONL or Parquet of problem + answer; a file or a folder ("": generate from `task`)."""
     task: str = "modchain"
-    """How answers are checked, and the generator while `path` is empty: modchain, addition, countdown or math."""
+    """How answers are checked, and the generator while `path` is empty: modchain, addition, countdown or
+    math."""
     num_generated: int = 4096
     """Problems to generate while `path` is empty."""
     difficulty_min: int = 0
@@ -387,9 +411,17 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         _at_least(
-            "reward", self, max_tokens=0, positive_tokens=0, negative_tokens=0, accuracy_weight=0, repetition_weight=0,
-            repetition_ngram=1, repetition_threshold=1, verifier_workers=1,
-        )  # fmt: skip
+            "reward",
+            self,
+            max_tokens=0,
+            positive_tokens=0,
+            negative_tokens=0,
+            accuracy_weight=0,
+            repetition_weight=0,
+            repetition_ngram=1,
+            repetition_threshold=1,
+            verifier_workers=1,
+        )
         _positive("reward", self, "verifier_timeout_s")
         if self.max_tokens and self.positive_tokens:
             require(
@@ -399,7 +431,8 @@ class RewardConfig:
             )
 
     def resolved(self, max_new_tokens: int) -> RewardConfig:
-        """This section with the lengths that are 0 filled in, in the paper's proportions (rounded to whole tokens)."""
+        """This section with the lengths that are 0 filled in, in the paper's proportions (rounded to whole
+        tokens)."""
         longest = self.max_tokens or max_new_tokens
         return dataclasses.replace(
             self,
@@ -411,7 +444,8 @@ class RewardConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """The GRPO objective: a clipped surrogate with group-standardised advantages, a KL and an entropy term."""
+    """The GRPO objective: a clipped surrogate with group-standardised advantages, a KL and an entropy
+    term."""
 
     clip_low: float = 0.2
     """The probability ratio is clipped below at 1 - clip_low."""
@@ -420,11 +454,13 @@ class ObjectiveConfig:
     dual_clip: float = 0.0
     """Bound c > 1 on the loss of negative advantages at large ratios (0: off)."""
     normalization: Literal["token", "sequence", "constant"] = "token"
-    """Sum over tokens / all tokens (as the paper's run), mean of per-response means (as printed), or / a constant (Dr. GRPO)."""
+    """Sum over tokens / all tokens (as the paper's run), mean of per-response means (as printed), or / a
+    constant (Dr. GRPO)."""
     kl_coef: float = 0.001
     """Weight of the KL penalty (beta)."""
     kl_reference: Literal["old", "ref"] = "old"
-    """KL against the policy that sampled ("old", as printed) or a frozen copy of the starting weights ("ref")."""
+    """KL against the policy that sampled ("old", as printed) or a frozen copy of the starting weights
+    ("ref")."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Per-token KL estimate: log ratio, half its square, or the unbiased and non-negative third."""
     entropy_coef: float = 0.001
@@ -476,13 +512,17 @@ class CurateSettings:
     """What is removed from a set of problems, and what is kept."""
 
     checkpoint: str = ""
-    """The model whose pass rate measures difficulty: checkpoint, run folder or Hugging Face folder ("": not measured)."""
+    """The model whose pass rate measures difficulty: checkpoint, run folder or Hugging Face folder ("": not
+    measured)."""
     heldout_path: str = ""
-    """Problems that must not leak into training: JSONL/Parquet, file or folder ("": the task's own held-out set)."""
+    """Problems that must not leak into training: JSONL/Parquet, file or folder ("": the task's own held-out
+    set)."""
     dedup_threshold: float = 0.8
-    """Problems whose n-gram sets overlap at least this much (Jaccard) are near-duplicates; the first is kept."""
+    """Problems whose n-gram sets overlap at least this much (Jaccard) are near-duplicates; the first is
+    kept."""
     ngram: int = 13
-    """Words in the n-grams of decontamination; shorter held-out problems are matched whole. Phi-4: a hybrid of 13 and 7."""
+    """Words in the n-grams of decontamination; shorter held-out problems are matched whole. Phi-4: a hybrid
+    of 13 and 7."""
     pass_rate_k: int = 8
     """Samples per problem behind its pass rate."""
     band_low: float = 0.1

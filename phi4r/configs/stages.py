@@ -1,4 +1,5 @@
-"""The configuration of each stage: a seed and its sections, with the checks that need more than one section."""
+"""The configuration of each stage: a seed and its sections, with the checks that need more than one
+section."""
 
 from __future__ import annotations
 
@@ -37,12 +38,12 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
             if model.num_query_groups % n == 0 and model.num_attention_heads % n == 0
         ]
         listed = ", ".join(map(str, fits[:-1])) + f" or {fits[-1]}" if len(fits) > 1 else "1"
-        owner = "Phi-4" if model.preset.startswith("phi4") else "this model"
+        owner = "Phi-4" if model.preset.startswith("phi4") else "the model"
+        reason = f"{tp} does not divide the {count} {what} (model.{name}): {owner} has"
         require(
             count % tp == 0,
             "parallel.tp",
-            f"{tp} does not divide the {count} {what} (model.{name}): {owner} has {model.num_query_groups} KV heads,"
-            f" so TP is {listed}",
+            f"{reason} {model.num_query_groups} KV heads, so TP is {listed}",
         )
     for name, count in (("ffn_hidden_size", model.ffn_hidden_size), ("vocab_size", model.vocab_size)):
         require(count % tp == 0, "parallel.tp", f"{tp} does not divide model.{name} ({count})")
@@ -92,10 +93,10 @@ class SFTConfig:
         require(
             p.vpp == 1 or (rows // p.dp) % p.pp == 0,
             "train.global_batch_size",
-            f"{rows} rows over parallel.dp = {p.dp} are {rows // p.dp} microbatches; the interleaved pipeline needs a"
-            f" multiple of parallel.pp = {p.pp}",
+            f"{rows} rows over parallel.dp = {p.dp} are {rows // p.dp} microbatches;"
+            f" the interleaved pipeline needs a multiple of parallel.pp = {p.pp}",
         )
-        # Context parallelism deals each rank two chunks (zig-zag); sequence parallelism cuts a rank's part once more.
+        # Context parallelism deals each rank two chunks (zig-zag); sequence parallelism cuts these once more.
         pieces = (2 * p.cp if p.cp > 1 else 1) * (p.tp if p.sp else 1)
         require(
             length % pieces == 0,
@@ -136,7 +137,7 @@ class RLConfig:
         require(
             rollout.group_size >= 2,
             "rollout.group_size",
-            f"must be at least 2 for RL (an advantage compares the samples of a group), got {rollout.group_size}",
+            f"must be at least 2 for RL (advantages compare samples of one group), got {rollout.group_size}",
         )
         bias = "must be {} for RL (a filtered sampler is not the policy, which biases the ratio), got {}"
         require(rollout.top_p == 1.0, "rollout.top_p", bias.format("1.0", rollout.top_p))
@@ -145,8 +146,8 @@ class RLConfig:
         require(
             longest <= self.model.max_position_embeddings,
             "rollout.max_new_tokens",
-            f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest} is beyond model.max_position_embeddings"
-            f" ({self.model.max_position_embeddings})",
+            f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest} is beyond"
+            f" model.max_position_embeddings ({self.model.max_position_embeddings})",
         )
         reward = self.reward.resolved(rollout.max_new_tokens)
         require(
@@ -189,7 +190,7 @@ class EvalConfig:
 
 StageConfig = SFTConfig | RLConfig | CurateConfig | EvalConfig
 
-STAGES: dict[str, type[StageConfig]] = {
+STAGES: dict[str, type] = {
     "sft": SFTConfig,
     "rl": RLConfig,
     "curate": CurateConfig,
