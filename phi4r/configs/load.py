@@ -186,9 +186,7 @@ def _find(recipe: str) -> Path:
         path = path / "config.json"
     if path.is_file():
         if path.suffix not in (".toml", ".json"):
-            raise UserError(
-                f"{path}: a recipe is a .toml file or the config.json of a run, not {path.suffix or path.name}"
-            )
+            raise UserError(f"{path}: a recipe is a .toml file or the config.json of a run, not {path.name}")
         return path
     names = recipe_names()
     raise UserError(
@@ -343,7 +341,7 @@ def load_stage(stage: str, recipe: str | Path | None, overrides: Iterable[str] =
     source = read_recipe(recipe) if recipe is not None else Recipe("defaults", Path())
     if source.resolved_stage not in ("", stage):
         raise UserError(
-            f"{source.path}: this is the configuration of a {source.resolved_stage} run; `phi4r {stage}` needs a recipe"
+            f"{source.path}: belongs to a {source.resolved_stage} run; `phi4r {stage}` needs a recipe"
             f" (one of {', '.join(recipe_names())}, or a .toml file)"
         )
     given = parse_overrides(overrides)

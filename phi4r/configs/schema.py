@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import itertools
 import math
 import types
 import typing
@@ -50,9 +51,8 @@ class Entry(NamedTuple):
 @functools.cache
 def sections_of(stage: type) -> dict[str, type]:
     """The sections of a stage, in order: name -> dataclass."""
-    return {
-        name: hint for name, hint in typing.get_type_hints(stage).items() if dataclasses.is_dataclass(hint)
-    }
+    hints: dict[str, Any] = typing.get_type_hints(stage)
+    return {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
 
 
 @functools.cache
@@ -79,7 +79,7 @@ def docs_of(cls: type) -> dict[str, str]:
         node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__
     )
     docs: dict[str, str] = {}
-    for node, below in zip(body, body[1:]):
+    for node, below in itertools.pairwise(body):
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
             continue
         if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
