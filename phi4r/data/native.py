@@ -1,8 +1,8 @@
 """Host code that is worth C++: packing and n-gram statistics, from `phi4r_kernels._native` or in Python.
 
-The C++ module is used when it was built; without it (no compiler at install time, or PHI4R_NATIVE=0 in the environment)
-the Python references below do the same work, slower. Both give the same answer to the last bit: a property test holds
-them together, and `benchmarks/native.py` measures what the difference costs.
+The C++ module is used when it was built; without it (no compiler at install time, or PHI4R_NATIVE=0 in the
+environment) the Python references below do the same work, slower. Both give the same answer to the last bit:
+a property test holds them together, and `benchmarks/native.py` measures what the difference costs.
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ def _check_lengths(lengths: npt.NDArray[np.int64], capacity: int) -> None:
 def pack_ffd(lengths: npt.ArrayLike, capacity: int) -> npt.NDArray[np.int32]:
     """First-fit-decreasing bin packing in O(n log n).
 
-    lengths int64[n], each in 1..capacity. Returns bin int32[n], numbered from 0 in the order bins are opened: items are
-    taken by length from the longest (ties by index), and each goes to the first bin with room. ValueError on bad input.
+    lengths int64[n], each in 1..capacity. Returns bin int32[n], numbered from 0 in the order bins are opened:
+    items are taken by length from the longest (ties by index), and each goes to the first bin with room.
+    ValueError on bad input.
     """
     lengths_n = np.ascontiguousarray(lengths, dtype=np.int64)
     _check_lengths(lengths_n, capacity)
@@ -64,10 +65,12 @@ def pack_ffd(lengths: npt.ArrayLike, capacity: int) -> npt.NDArray[np.int32]:
 
 
 def ngram_repetition(tokens: npt.ArrayLike, ngram: int, threshold: int) -> tuple[int, int, int]:
-    """Frequency statistics of the n-grams of a token sequence (paper: the repetition penalty, 5-grams, threshold 5).
+    """Frequency statistics of the n-grams of a token sequence (paper: the repetition penalty, 5-grams,
+    threshold 5).
 
-    tokens int32[n]. Returns (number of n-grams = max(n - ngram + 1, 0), number of distinct n-grams that occur more than
-    `threshold` times, count of the most frequent n-gram, 0 if there is none). Exact: equal hashes are compared in full.
+    tokens int32[n]. Returns (number of n-grams = max(n - ngram + 1, 0), number of distinct n-grams that occur
+    more than `threshold` times, count of the most frequent n-gram, 0 if there is none). Exact: equal hashes
+    are compared in full.
     """
     tokens_n = np.ascontiguousarray(tokens, dtype=np.int32)
     if tokens_n.ndim != 1:
@@ -84,7 +87,8 @@ def ngram_repetition(tokens: npt.ArrayLike, ngram: int, threshold: int) -> tuple
 
 
 def pack_ffd_python(lengths: npt.NDArray[np.int64], capacity: int) -> npt.NDArray[np.int32]:
-    """`pack_ffd` in Python: a segment tree over bins holds the room left, each node the most room below it."""
+    """`pack_ffd` in Python: a segment tree over bins holds the room left, each node the most room below
+    it."""
     size = 1
     while size < len(lengths):
         size *= 2

@@ -1,11 +1,13 @@
 """Documents to rows: first-fit-decreasing packing into rows of one fixed length, and the way back.
 
-    T  tokens of a row        n  tokens of a document        D  documents of a row (its padding tail counts as one)
+    T  tokens of a row        n  tokens of a document        D  documents of a row (its padding tail counts as
+    one)
 
-A row is one packed ("thd") sequence: `cu_seqlens` says where its documents begin and end, positions restart at each, and
-nothing may look across a boundary (design contract 2). The shift from tokens to labels happens here and nowhere else:
-position t of a row predicts token t+1 of the *same* document, so the last token of a document predicts nothing, and masks
-and extras, which documents carry on their target tokens, move one to the left with the labels.
+A row is one packed ("thd") sequence: `cu_seqlens` says where its documents begin and end, positions restart
+at each, and nothing may look across a boundary (design contract 2). The shift from tokens to labels happens
+here and nowhere else: position t of a row predicts token t+1 of the *same* document, so the last token of a
+document predicts nothing, and masks and extras, which documents carry on their target tokens, move one to the
+left with the labels.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ OnLong = Literal["error", "truncate", "skip"]
 
 @dataclass(frozen=True, eq=False)
 class Document:
-    """One example. tokens int32[n]; loss_mask bool[n], True where the token is a target; extras float32[n] by name, each
-    aligned with the target token (a rollout log-prob stands at the token that was sampled, not at the one before it)."""
+    """One example. tokens int32[n]; loss_mask bool[n], True where the token is a target; extras float32[n] by
+    name, each aligned with the target token (a rollout log-prob stands at the token that was sampled, not at
+    the one before it)."""
 
     tokens: npt.NDArray[np.int32]
     loss_mask: npt.NDArray[np.bool_]
@@ -48,8 +51,9 @@ class Document:
 
 @dataclass(frozen=True, eq=False)
 class PackedRow:
-    """One row. input_ids, labels, position_ids int64[T]; loss_mask float32[T] (0 or 1); cu_seqlens int32[D+1];
-    extras float32[T] by name; doc_index int32[T]: the document's index in the caller's list, -1 in the padding tail."""
+    """One row. input_ids, labels, position_ids int64[T]; loss_mask float32[T] (0 or 1); cu_seqlens
+    int32[D+1]; extras float32[T] by name; doc_index int32[T]: the document's index in the caller's list, -1
+    in the padding tail."""
 
     input_ids: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
@@ -72,7 +76,8 @@ class PackedRow:
 
 @dataclass
 class LengthReport:
-    """What `fit_documents` did. `truncated_tokens` and `skipped_tokens` are tokens that training will not see."""
+    """What `fit_documents` did. `truncated_tokens` and `skipped_tokens` are tokens that training will not
+    see."""
 
     documents: int = 0
     truncated: int = 0
@@ -88,10 +93,12 @@ def fit_documents(
     on_long: OnLong = "error",
     names: Sequence[str] | None = None,
 ) -> tuple[list[Document], list[int], LengthReport]:
-    """Applies the length rule: documents longer than `seq_length` are refused, cut to their head, or left out.
+    """Applies the length rule: documents longer than `seq_length` are refused, cut to their head, or left
+    out.
 
-    Returns the documents that remain, their indices in `documents`, and the counts. A document without a single target
-    (perhaps because of the cut) would only cost time, so it is left out and counted as `no_target`.
+    Returns the documents that remain, their indices in `documents`, and the counts. A document without a
+    single target (perhaps because of the cut) would only cost time, so it is left out and counted as
+    `no_target`.
     """
     report = LengthReport(documents=len(documents))
     kept: list[Document] = []
@@ -102,8 +109,8 @@ def fit_documents(
             if on_long == "error":
                 name = names[index] if names is not None else f"document {index}"
                 raise UserError(
-                    f"{name} has {len(document.tokens)} tokens, data.seq_length is {seq_length}: raise it, or say "
-                    "data.on_long = 'truncate' or 'skip'"
+                    f"{name} has {len(document.tokens)} tokens, data.seq_length is {seq_length}: "
+                    "raise it, or say data.on_long = 'truncate' or 'skip'"
                 )
             if on_long == "skip":
                 report.skipped += 1
@@ -156,9 +163,10 @@ def _fill(
 def pack(documents: Sequence[Document], seq_length: int, pad_id: int = 0) -> list[PackedRow]:
     """Packs `documents` into rows of `seq_length` tokens by first-fit-decreasing; deterministic.
 
-    Longest documents first (ties by index), each into the first row with room; inside a row documents stand in the order
-    of their index. Rows come out in the order they were opened, the fullest documents first: a trainer shuffles rows.
-    Every document must fit and all must carry the same extras (ValueError): `fit_documents` applies the length rule.
+    Longest documents first (ties by index), each into the first row with room; inside a row documents stand
+    in the order of their index. Rows come out in the order they were opened, the fullest documents first: a
+    trainer shuffles rows. Every document must fit and all must carry the same extras (ValueError):
+    `fit_documents` applies the length rule.
     """
     if not documents:
         return []
@@ -181,8 +189,9 @@ def unpack(
 ) -> list[npt.NDArray[Any]]:
     """Brings one value per row position back to the documents that `pack` was given.
 
-    `values_per_row[r][t]` belongs to the prediction of `labels[t]` (a log-prob, say). Returns for each document an array of
-    its n values aligned with its tokens: entry i belongs to token i, entry 0 is 0 because nothing predicts the first token.
+    `values_per_row[r][t]` belongs to the prediction of `labels[t]` (a log-prob, say). Returns for each
+    document an array of its n values aligned with its tokens: entry i belongs to token i, entry 0 is 0
+    because nothing predicts the first token.
     """
     if len(rows) != len(values_per_row):
         raise ValueError(f"{len(rows)} rows but {len(values_per_row)} arrays of values")

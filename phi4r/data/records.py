@@ -3,11 +3,12 @@
 Three kinds of row are understood, told apart by their fields:
 
     {"messages": [{"role": "system"|"user"|"assistant", "content": str}, ...]}               a conversation
-    {"problem": str, "answer": str, "trace"?, "solution"?, "id"?, "task"?, "difficulty"?}    a problem, maybe with its working
-    {"question": str, "answer": "worked steps\\n#### final"}                                  GSM8K's form of the same
+    {"problem": str, "answer": str, "trace"?, "solution"?, "id"?, "task"?, "difficulty"?}    a problem, maybe
+    with its working {"question": str, "answer": "worked steps\\n#### final"}
+    GSM8K's form of the same
 
-Every other field is kept in `meta`. A row that does not fit is a bad row: it stops the load, or is written to a reject
-file and counted. Rows read = rows kept + rows rejected, always (`LoadReport`).
+Every other field is kept in `meta`. A row that does not fit is a bad row: it stops the load, or is written to
+a reject file and counted. Rows read = rows kept + rows rejected, always (`LoadReport`).
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A messages row. `id` is the row's own, or "file:line"; `meta` holds every field this module does not know."""
+    """A messages row. `id` is the row's own, or "file:line"; `meta` holds every field this module does not
+    know."""
 
     id: str
     messages: tuple[Message, ...]
@@ -54,8 +56,9 @@ class Conversation:
 class Problem:
     """A question with a gold answer, and maybe its working.
 
-    `trace` is the text inside the think block ("" is an empty block, None means there is none to train on); `solution` is
-    the text after `</think>`. `task` names the checker ("" = free-form mathematics), `difficulty` is in that task's unit.
+    `trace` is the text inside the think block ("" is an empty block, None means there is none to train on);
+    `solution` is the text after `</think>`. `task` names the checker ("" = free-form mathematics),
+    `difficulty` is in that task's unit.
     """
 
     id: str
@@ -87,7 +90,8 @@ class BadRow:
 
 @dataclass
 class LoadReport:
-    """Counts of one load: `rows` = `kept` + `rejected`; blank lines are not rows. `reasons` counts rejections by kind."""
+    """Counts of one load: `rows` = `kept` + `rejected`; blank lines are not rows. `reasons` counts rejections
+    by kind."""
 
     files: list[str] = field(default_factory=list)
     ignored_files: list[str] = field(default_factory=list)
@@ -180,6 +184,9 @@ def _problem(row: Mapping[str, Any], default_id: str) -> Problem:
             raise _RowError("difficulty", f"expected a number, found {_type_name(difficulty)}")
         if not math.isfinite(difficulty):
             raise _RowError("difficulty", f"expected a finite number, found {difficulty}")
+    trace = _optional_text(row, "trace")
+    if trace is not None and ("<think>" in trace or "</think>" in trace):
+        raise _RowError("trace", "contains a think tag (expected only the text inside the think block)")
     known = ("id", "problem", "answer", "task", "difficulty", "trace", "solution")
     return Problem(
         id=_identifier(row, default_id),
@@ -187,7 +194,7 @@ def _problem(row: Mapping[str, Any], default_id: str) -> Problem:
         answer=_text(row, "answer"),
         task=_optional_text(row, "task") or "",
         difficulty=difficulty,
-        trace=_optional_text(row, "trace"),
+        trace=trace,
         solution=_optional_text(row, "solution"),
         meta={key: value for key, value in row.items() if key not in known},
     )
@@ -196,14 +203,16 @@ def _problem(row: Mapping[str, Any], default_id: str) -> Problem:
 def _gsm8k(row: Mapping[str, Any], default_id: str) -> Problem:
     """GSM8K: the steps become the trace, `final` the answer, and the solution is `\\boxed{final}`.
 
-    Two things are changed in the text, both machine marks and not prose: calculator notes (`<<48/2=24>>`) are taken out,
-    and thousands separators of the final number are (1,200 -> 1200).
+    Two things are changed in the text, both machine marks and not prose: calculator notes (`<<48/2=24>>`) are
+    taken out, and thousands separators of the final number are (1,200 -> 1200).
     """
     question, answer = _text(row, "question"), _text(row, "answer")
     steps, marker, final = answer.rpartition("####")
     final = final.strip()
     if not marker or not final:
-        reason = "expected worked steps that end in '#### final answer' (for a bare answer name the question 'problem')"
+        reason = (
+            "expected steps that end in '#### final answer' (for a bare answer name the question 'problem')"
+        )
         raise _RowError("answer", reason)
     if _GROUPED_NUMBER.fullmatch(final):
         final = final.replace(",", "")
@@ -225,12 +234,19 @@ def _record(row: Any, default_id: str) -> Record:
         raise _RowError(kinds[1], f"a row has either '{kinds[0]}' or '{kinds[1]}', not both")
     if not kinds:
         found = ", ".join(sorted(map(str, row))) or "none"
-        reason = f"expected 'messages', or 'problem' and 'answer', or 'question' and 'answer' (fields found: {found})"
+        reason = f"expected 'messages', 'problem' + 'answer' or 'question' + 'answer' (fields found: {found})"
         raise _RowError("messages|problem|question", reason)
-    return {"messages": _conversation, "problem": _problem, "question": _gsm8k}[kinds[0]](row, default_id)
+    if kinds[0] == "messages":
+        return _conversation(row, default_id)
+    return _problem(row, default_id) if kinds[0] == "problem" else _gsm8k(row, default_id)
 
 
 # --- files
+
+
+def _printable(text: str) -> str:
+    """`text` with unpaired surrogates, which JSON may hold and a terminal cannot show, as escapes."""
+    return text.encode("utf-8", errors="backslashreplace").decode()
 
 
 def _reject_constant(name: str) -> Any:
@@ -277,7 +293,8 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any, str]]:
 
 
 def find_files(path: str | Path) -> tuple[list[Path], list[Path]]:
-    """The data files at `path` (a file, or a folder searched one level deep, in name order), and those it ignores."""
+    """The data files at `path` (a file, or a folder searched one level deep, in name order), and those it
+    ignores."""
     path = Path(path)
     suffixes = JSONL_SUFFIXES + PARQUET_SUFFIXES
     if path.is_file():
@@ -303,7 +320,8 @@ def load_records(
     """Reads every row of a JSONL or Parquet file, or of a folder of them, in file and line order.
 
     A bad row raises `UserError` with file, line, field and reason ("stop"), or is written to `reject_path` as
-    {"file", "line", "field", "reason", "raw"} and counted ("skip"). A load that keeps no row at all is an error either way.
+    {"file", "line", "field", "reason", "raw"} and counted ("skip"). A load that keeps no row at all is an
+    error either way.
     """
     if on_bad_row == "skip" and reject_path is None:
         raise ValueError("on_bad_row='skip' needs reject_path: a skipped row has to be written somewhere")
@@ -325,7 +343,7 @@ def load_records(
                     if record.id in first_use:
                         raise _RowError("id", f"{record.id!r} is already used at {first_use[record.id]}")
                 except _RowError as error:
-                    bad = BadRow(str(file), line, error.field_name, error.reason)
+                    bad = BadRow(str(file), line, _printable(error.field_name), _printable(error.reason))
                     if on_bad_row == "stop":
                         raise UserError(str(bad)) from None
                     assert reject_path is not None
@@ -351,7 +369,8 @@ def load_problems(
 ) -> tuple[list[Problem], LoadReport]:
     """`load_records` for a stage that needs a gold answer in every row (RL, evaluation, curation).
 
-    A valid messages row here means the wrong file, not a damaged line, so it is an error whatever `on_bad_row` says.
+    A valid messages row here means the wrong file, not a damaged line, so it is an error whatever
+    `on_bad_row` says.
     """
     records, report = load_records(path, on_bad_row, reject_path)
     problems = []

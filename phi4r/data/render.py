@@ -1,9 +1,10 @@
 """Messages to ids and loss mask: the one place where a conversation becomes tokens (design contract 1).
 
-The Phi-4 template, without newlines: `<|im_start|>{role}<|im_sep|>{content}<|im_end|>` per turn; a prompt to be answered
-ends with `<|im_start|>assistant<|im_sep|>`, and `<think>` is not pre-filled. Template tokens are placed as ids, never
-found in text, so nothing a user writes can open or close a turn. The loss covers what the assistant wrote, the closing
-`<|im_end|>` included; an assistant's text that opens with `<think>` gets its think block as ids.
+The Phi-4 template, without newlines: `<|im_start|>{role}<|im_sep|>{content}<|im_end|>` per turn; a prompt to
+be answered ends with `<|im_start|>assistant<|im_sep|>`, and `<think>` is not pre-filled. Template tokens are
+placed as ids, never found in text, so nothing a user writes can open or close a turn. The loss covers what
+the assistant wrote, the closing `<|im_end|>` included; an assistant's text that opens with `<think>` gets its
+think block as ids.
 """
 
 from __future__ import annotations
@@ -20,25 +21,28 @@ from phi4r.errors import UserError
 THINK, END_THINK = "<think>", "</think>"
 
 REASONING_SYSTEM_MESSAGE = (
-    "You are a careful assistant who works a question out before answering it. Write your reply in two sections, in this "
-    "order: <think> {Thought section} </think> {Solution section}. In the Thought section reason step by step: explore, "
-    "check intermediate results, and go back when something does not fit. In the Solution section state, clearly and "
-    "briefly, the solution you arrived at, with the steps that are needed to follow it and the final answer."
+    "You are a careful assistant who works a question out before answering it. Write your reply in two "
+    "sections, in this order: <think> {Thought section} </think> {Solution section}. In the Thought section "
+    "reason step by step: explore, check intermediate results, and go back when something does not fit. In the "
+    "Solution section state, clearly and briefly, the solution you arrived at, with the steps that are needed "
+    "to follow it and the final answer."
 )
 
 AnyMessage = Message | Mapping[str, str]
 
 
 def system_text(system: str) -> str:
-    """The text of the `system_message` setting: "none" -> "", "reasoning" -> our reasoning message, else the text itself."""
+    """The text of the `system_message` setting: "none" -> "", "reasoning" -> our reasoning message, else the
+    text itself."""
     return {"none": "", "reasoning": REASONING_SYSTEM_MESSAGE}.get(system, system)
 
 
 def split_think(content: str) -> tuple[str | None, str]:
-    """(text of the think block, text after it) of an assistant's content; (None, content) if it does not open with one.
+    """(text of the think block, text after it) of an assistant's content; (None, content) if it does not open
+    with one.
 
-    The block opens at the very start and closes at the first `</think>`. One that never closes is a `UserError`: as a
-    training target it would teach a format that earns the lowest reward.
+    The block opens at the very start and closes at the first `</think>`. One that never closes is a
+    `UserError`: as a training target it would teach a format that earns the lowest reward.
     """
     if not content.startswith(THINK):
         return None, content
@@ -95,10 +99,11 @@ class _Writer:
 def render_prompt(
     tokenizer: Tokenizer, messages: Sequence[AnyMessage] | Problem, system: str = "none"
 ) -> list[int]:
-    """Ids of a conversation to be answered: all turns, then the generation prompt `<|im_start|>assistant<|im_sep|>`.
+    """Ids of a conversation to be answered: all turns, then the generation prompt
+    `<|im_start|>assistant<|im_sep|>`.
 
-    `messages`: `Message`s or {"role", "content"}, or a `Problem` (its text is one user turn). `system`: see `system_text`;
-    the system turn it gives comes first, before a system turn of the conversation's own.
+    `messages`: `Message`s or {"role", "content"}, or a `Problem` (its text is one user turn). `system`: see
+    `system_text`; the system turn it gives comes first, before a system turn of the conversation's own.
     """
     if isinstance(messages, Problem):
         messages = [Message("user", messages.problem)]
@@ -112,8 +117,8 @@ def render_prompt(
 def problem_reply(problem: Problem) -> tuple[str, str]:
     """(think text, solution text) that SFT trains on for a problem row.
 
-    A row with a trace but no solution is closed with `\\boxed{answer}`; one with a solution but no trace gets an empty
-    think block. A row with neither has nothing to imitate: `UserError`.
+    A row with a trace but no solution is closed with `\\boxed{answer}`; one with a solution but no trace gets
+    an empty think block. A row with neither has nothing to imitate: `UserError`.
     """
     if problem.trace is None and problem.solution is None:
         raise UserError(
@@ -128,8 +133,9 @@ def render_example(
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
     """(ids int32[n], loss_mask bool[n]) of a training example; the mask is True on tokens that are targets.
 
-    Targets are every assistant turn's tokens and its closing `<|im_end|>`; system and user turns and all turn headers are
-    not. The ids up to the first target are exactly `render_prompt` of what stands before the reply.
+    Targets are every assistant turn's tokens and its closing `<|im_end|>`; system and user turns and all turn
+    headers are not. The ids up to the first target are exactly `render_prompt` of what stands before the
+    reply.
     """
     writer = _Writer(tokenizer)
     if isinstance(example, Problem):
@@ -152,8 +158,9 @@ def _jinja_literal(text: str) -> str:
 def chat_template(system: str = "none") -> str:
     """The renderer as a Jinja template, for tokenizer folders that other programs load.
 
-    Rendering it gives the text of `render_prompt` (with `add_generation_prompt`) or of `render_example` (without). Text is
-    all it can give: a program that tokenises that text cannot tell a special token from a user who typed its name.
+    Rendering it gives the text of `render_prompt` (with `add_generation_prompt`) or of `render_example`
+    (without). Text is all it can give: a program that tokenises that text cannot tell a special token from a
+    user who typed its name.
     """
     text = system_text(system)
     start = f"{{{{ {_jinja_literal(f'<|im_start|>system<|im_sep|>{text}<|im_end|>')} }}}}" if text else ""

@@ -1,8 +1,10 @@
-"""SentencePiece models: training the small ones, and the two facts of the file format that the tokenizer needs.
+"""SentencePiece models: training the small ones, and the two facts of the file format that the tokenizer
+needs.
 
-Every model made here maps text to ids and back without loss: no normalisation, no dummy prefix, no folding of spaces, and
-bytes for characters that are not in the vocabulary (so each ASCII character is one token, known or not). Digits are split,
-and the chat symbols are *control* symbols, which SentencePiece never produces from text.
+Every model made here maps text to ids and back without loss: no normalisation, no dummy prefix, no folding of
+spaces, and bytes for characters that are not in the vocabulary (so each ASCII character is one token, known
+or not). Digits are split, and the chat symbols are *control* symbols, which SentencePiece never produces from
+text.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from phi4r.errors import UserError
 
 CHAT_SYMBOLS = ("<|endoftext|>", "<pad>", "<|im_start|>", "<|im_sep|>", "<|im_end|>", "<think>", "</think>")
 
-# With 256 bytes, 7 chat symbols, "\n" and <unk> this makes 320 pieces, a multiple of 64: a vocabulary without padding.
+# With 256 bytes, 7 chat symbols, "\n" and <unk> this makes 320 pieces, a multiple of 64: a vocabulary without
+# padding.
 BUILTIN_ALPHABET = "0123456789 abcdefghijklmnopqrstuvwxyz+-*/=%;:,.(){}\\?^$"
 
 _TYPE_CONTROL, _TYPE_USER_DEFINED = 3, 4
@@ -69,10 +72,12 @@ def builtin_model() -> bytes:
 def train_sentencepiece(
     texts: Iterable[str], vocab_size: int, path: str | Path, model_type: str = "bpe"
 ) -> Path:
-    """Trains a SentencePiece model on a user's texts and writes it to `path` (a .model file); returns the path.
+    """Trains a SentencePiece model on a user's texts and writes it to `path` (a .model file); returns the
+    path.
 
-    `vocab_size` counts 256 bytes, the chat symbols and every character seen; too small or too large a number for the
-    text is a `UserError`. `model_type`: bpe, unigram or char. One thread, so the same texts give the same file.
+    `vocab_size` counts 256 bytes, the chat symbols and every character seen; too small or too large a number
+    for the text is a `UserError`. `model_type`: bpe, unigram or char. One thread, so the same texts give the
+    same file.
     """
     path = Path(path)
     if model_type not in ("bpe", "unigram", "char"):
@@ -101,7 +106,8 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int, int, int]]:
-    """Yields (field number, start of the field's key, start of its value, end) for each field of a message."""
+    """Yields (field number, start of the field's key, start of its value, end) for each field of a
+    message."""
     position = 0
     while position < len(data):
         start = position
@@ -125,8 +131,9 @@ def _fields(data: bytes) -> Iterator[tuple[int, int, int, int]]:
 def as_control_symbols(model: bytes, symbols: Iterable[str]) -> bytes:
     """A copy of a SentencePiece model in which the user-defined pieces named `symbols` are control pieces.
 
-    SentencePiece turns the text of a user-defined piece into its id, which would let a user's message close its own turn;
-    a control piece is never made from text. Both types take one byte, so nothing else in the file moves.
+    SentencePiece turns the text of a user-defined piece into its id, which would let a user's message close
+    its own turn; a control piece is never made from text. Both types take one byte, so nothing else in the
+    file moves.
     """
     wanted = {symbol.encode() for symbol in symbols}
     changed = bytearray(model)

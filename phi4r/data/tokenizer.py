@@ -1,7 +1,9 @@
-"""Text to ids and back: one class over Hugging Face `tokenizer.json` files (the Phi-4 family) and SentencePiece models.
+"""Text to ids and back: one class over Hugging Face `tokenizer.json` files (the Phi-4 family) and
+SentencePiece models.
 
-`encode` is for ordinary text: the characters "<|im_end|>" or "</think>" in a user's message are characters, never the
-special id of that name. Special ids come from attributes (`tokenizer.im_end`), and only the renderer puts them in place.
+`encode` is for ordinary text: the characters "<|im_end|>" or "</think>" in a user's message are characters,
+never the special id of that name. Special ids come from attributes (`tokenizer.im_end`), and only the
+renderer puts them in place.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ ROLE_NAMES: dict[str, tuple[str, ...]] = {
     "endoftext": ("<|endoftext|>",),
     "pad": ("<|dummy_85|>", "<pad>", "<|pad|>", "<|endoftext|>"),
 }
-# The placeholders of Phi-4's tokenizer after its pad token, ids 100350 and 100351: what `think_tokens` usually names.
+# The placeholders of Phi-4's tokenizer after its pad token, ids 100350 and 100351: what `think_tokens`
+# usually names.
 PHI4_THINK_PLACEHOLDERS = ("<|dummy_86|>", "<|dummy_87|>")
 
 HF_FILE = "tokenizer.json"
@@ -43,7 +46,8 @@ _HF_COMPANIONS = (
 
 
 class _Backend(Protocol):
-    """What the class needs of a tokenizer library. `specials` maps the text of each special token to its id."""
+    """What the class needs of a tokenizer library. `specials` maps the text of each special token to its
+    id."""
 
     vocab_size: int
     specials: dict[str, int]
@@ -66,7 +70,7 @@ class _HuggingFace:
             spec["added_tokens"] = [{**token, "special": True} for token in added]
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
             self.specials: dict[str, int] = {token["content"]: token["id"] for token in added}
-        except Exception as error:  # the library raises bare Exception for every fault of the file
+        except Exception as error:  # noqa: BLE001 (the library raises nothing more precise)
             raise UserError(f"{source}: not a Hugging Face tokenizer.json: {error}") from None
         for text, token_id in self.specials.items():
             found = self._tokenizer.token_to_id(text)
@@ -106,7 +110,8 @@ class _SentencePiece:
             for index in range(self.vocab_size)
             if self._processor.is_control(index)
         }
-        # SentencePiece writes spaces as U+2581 inside, so that character itself must travel as bytes or become a space.
+        # SentencePiece writes spaces as U+2581 inside, so that character itself must travel as bytes or
+        # become a space.
         self._mark: list[int] = []
         if self._processor.is_byte(self._processor.piece_to_id("<0xE2>")):
             self._mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in "\u2581".encode()]
@@ -130,8 +135,9 @@ class _SentencePiece:
 class Tokenizer:
     """Ids and text of one vocabulary, with the special ids of the chat template by role.
 
-    Attributes: `vocab_size` (largest id + 1); `im_start`, `im_sep`, `im_end`, `think`, `end_think`, `endoftext`, `pad`
-    (ids); `eos_ids`: what ends a response, `<|im_end|>` and then `<|endoftext|>`; `special_ids`: id -> its text.
+    Attributes: `vocab_size` (largest id + 1); `im_start`, `im_sep`, `im_end`, `think`, `end_think`,
+    `endoftext`, `pad` (ids); `eos_ids`: what ends a response, `<|im_end|>` and then `<|endoftext|>`;
+    `special_ids`: id -> its text.
     """
 
     def __init__(self, backend: _Backend, files: dict[str, bytes], source: str) -> None:
@@ -159,19 +165,21 @@ class Tokenizer:
         missing = [
             names[0] for names in ROLE_NAMES.values() if not any(n in self._backend.specials for n in names)
         ]
+        missing = [name for name in missing if name != ROLE_NAMES["pad"][0]]
         if missing and set(missing) <= {"<think>", "</think>"}:
             first, second = PHI4_THINK_PLACEHOLDERS
             hint = ""
             if first in self._backend.specials and second in self._backend.specials:
                 hint = f" (this one has Phi-4's unused {first} and {second})"
             raise UserError(
-                f"{self.source}: has no single token for {' and '.join(missing)}; take a tokenizer that has them, such as "
-                f"Phi-4-reasoning's, or name two unused tokens to become them with tokenizer.think_tokens{hint}"
+                f"{self.source}: has no single token for {' and '.join(missing)}; take a tokenizer that has them, "
+                f"such as Phi-4-reasoning's, or name two unused tokens to become them, with a comma, in "
+                f"tokenizer.think_tokens{hint}"
             )
         if missing:
             raise UserError(
                 f"{self.source}: has no special token {', '.join(missing)}; the Phi-4 chat template needs "
-                f"{', '.join(names[0] for role, names in ROLE_NAMES.items() if role != 'pad')} as single tokens"
+                "<|im_start|>, <|im_sep|>, <|im_end|>, <|endoftext|>, <think> and </think> as single tokens"
             )
         for text in self._backend.specials:
             made = [
@@ -185,17 +193,20 @@ class Tokenizer:
     # --- text and ids
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ordinary text. Never a special id, whatever the text says. Text must be valid Unicode (no surrogates)."""
+        """Ids of ordinary text. Never a special id, whatever the text says. Text must be valid Unicode (no
+        surrogates)."""
         return self._backend.encode(text) if text else []
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of many texts (Hugging Face tokenizers use several threads, see TOKENIZERS_PARALLELISM)."""
+        """`encode` of many texts (Hugging Face tokenizers use several threads, see
+        TOKENIZERS_PARALLELISM)."""
         return self._backend.encode_batch(texts)
 
     def encode_trusted(self, text: str) -> list[int]:
         """Ids of text *we* wrote, in which special tokens are written out: "<|im_end|>" becomes its id.
 
-        For templates and test vectors. On text from a user or a file this is an injection hole: use the renderer.
+        For templates and test vectors. On text from a user or a file this is an injection hole: use the
+        renderer.
         """
         parts = self._special_pattern.split(text)
         ids: list[int] = []
@@ -204,8 +215,9 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
-        """Text of ids, special tokens written out by name. `skip_special` leaves out the chat template's tokens and
-        padding; `<think>` and `</think>` stay, because they are part of what the assistant said."""
+        """Text of ids, special tokens written out by name. `skip_special` leaves out the chat template's
+        tokens and padding; `<think>` and `</think>` stay, because they are part of what the assistant
+        said."""
         kept = {self.think, self.end_think}
         text = []
         for is_special, run in groupby(map(int, ids), key=self.special_ids.__contains__):
@@ -228,7 +240,8 @@ class Tokenizer:
         return dict(self._files)
 
     def save(self, folder: str | Path) -> None:
-        """Writes the tokenizer's own files into `folder`, so that a checkpoint can be used without the original."""
+        """Writes the tokenizer's own files into `folder`, so that a checkpoint can be used without the
+        original."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in self._files.items():
@@ -238,16 +251,19 @@ class Tokenizer:
 
     @classmethod
     def builtin(cls) -> Tokenizer:
-        """The small SentencePiece model for generated tasks: 320 pieces, characters of arithmetic, and all bytes."""
+        """The small SentencePiece model for generated tasks: 320 pieces, characters of arithmetic, and all
+        bytes."""
         data = spm.builtin_model()
         return cls(_SentencePiece(data, "built-in tokenizer"), {SPM_FILE: data}, "built-in tokenizer")
 
     @classmethod
-    def load(cls, path: str | Path = "", think_tokens: tuple[str, str] | None = None) -> Tokenizer:
-        """A tokenizer from a folder (tokenizer.json, else a .model file), a .json or a .model file; "" is `builtin()`.
+    def load(cls, path: str | Path = "", think_tokens: str = "") -> Tokenizer:
+        """A tokenizer from a folder (tokenizer.json, else a .model file), a .json or a .model file; "" is
+        `builtin()`.
 
-        `think_tokens`: two tokens of a tokenizer.json that take the place of `<think>` and `</think>`, for Phi-4's own
-        tokenizer, which lacks them: ("<|dummy_86|>", "<|dummy_87|>"). They are renamed in the copy that `save` writes.
+        `think_tokens`: "A,B", two tokens of a tokenizer.json that take the place of `<think>` and `</think>`, for
+        Phi-4's own tokenizer, which lacks them: "<|dummy_86|>,<|dummy_87|>". The copy that `save` writes has them
+        renamed, so it is read back without this setting.
         """
         if path == "":
             return cls.builtin()
@@ -263,14 +279,14 @@ class Tokenizer:
         except OSError as error:
             raise UserError(f"{path}: cannot read the tokenizer: {error.strerror}") from None
         if path.suffix == ".model":
-            if think_tokens is not None:
+            if think_tokens:
                 raise UserError(
                     f"{path}: tokenizer.think_tokens is for tokenizer.json files; train this model with them"
                 )
             return cls(_SentencePiece(data, str(path)), {SPM_FILE: data}, str(path))
         companions = [path.parent / name for name in _HF_COMPANIONS]
         files = {HF_FILE: data} | {file.name: file.read_bytes() for file in companions if file.is_file()}
-        if think_tokens is not None:
+        if think_tokens:
             files = _rename_think_tokens(files, think_tokens, str(path))
         return cls(_HuggingFace(files[HF_FILE], str(path)), files, str(path))
 
@@ -292,22 +308,28 @@ def _file_in(folder: Path) -> Path:
 def _rename(value: Any, names: dict[str, str]) -> Any:
     """`value` with every "content" (and every whole string in a list) that is a key of `names` renamed."""
     if isinstance(value, dict):
-        return {key: names.get(item, item) if key == "content" and isinstance(item, str) else _rename(item, names)
-                for key, item in value.items()}  # fmt: skip
+        result = {}
+        for key, item in value.items():
+            is_name = key == "content" and isinstance(item, str)
+            result[key] = names.get(item, item) if is_name else _rename(item, names)
+        return result
     if isinstance(value, list):
         return [names.get(item, item) if isinstance(item, str) else _rename(item, names) for item in value]
     return value
 
 
-def _rename_think_tokens(
-    files: dict[str, bytes], think_tokens: tuple[str, str], source: str
-) -> dict[str, bytes]:
+def _rename_think_tokens(files: dict[str, bytes], think_tokens: str, source: str) -> dict[str, bytes]:
     try:
         spec = json.loads(files[HF_FILE])
         contents = [token["content"] for token in spec["added_tokens"]]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{source}: not a Hugging Face tokenizer.json: {error}") from None
-    names = dict(zip(think_tokens, ("<think>", "</think>"), strict=True))
+    olds = [name.strip() for name in think_tokens.split(",")]
+    if len(olds) != 2 or olds[0] == olds[1]:
+        raise UserError(
+            f"tokenizer.think_tokens: expected two token names and a comma, found {think_tokens!r}"
+        )
+    names = dict(zip(olds, ("<think>", "</think>"), strict=True))
     for old, new in names.items():
         if new in contents:
             raise UserError(
