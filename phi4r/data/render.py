@@ -23,9 +23,9 @@ THINK, END_THINK = "<think>", "</think>"
 REASONING_SYSTEM_MESSAGE = (
     "You are a careful assistant who works a question out before answering it. Write your reply in two "
     "sections, in this order: <think> {Thought section} </think> {Solution section}. In the Thought section "
-    "reason step by step: explore, check intermediate results, and go back when something does not fit. In the "
-    "Solution section state, clearly and briefly, the solution you arrived at, with the steps that are needed "
-    "to follow it and the final answer."
+    "reason step by step: explore, check intermediate results, and go back when something does not fit. In "
+    "the Solution section state, clearly and briefly, the solution you arrived at, with the steps that are "
+    "needed to follow it and the final answer."
 )
 
 AnyMessage = Message | Mapping[str, str]

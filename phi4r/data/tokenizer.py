@@ -172,8 +172,8 @@ class Tokenizer:
             if first in self._backend.specials and second in self._backend.specials:
                 hint = f" (this one has Phi-4's unused {first} and {second})"
             raise UserError(
-                f"{self.source}: has no single token for {' and '.join(missing)}; take a tokenizer that has them, "
-                f"such as Phi-4-reasoning's, or name two unused tokens to become them, with a comma, in "
+                f"{self.source}: has no single token for {' and '.join(missing)}; take a tokenizer "
+                f"that has them, such as Phi-4-reasoning's, or name two unused tokens to become them, with a comma, in "
                 f"tokenizer.think_tokens{hint}"
             )
         if missing:
@@ -261,9 +261,9 @@ class Tokenizer:
         """A tokenizer from a folder (tokenizer.json, else a .model file), a .json or a .model file; "" is
         `builtin()`.
 
-        `think_tokens`: "A,B", two tokens of a tokenizer.json that take the place of `<think>` and `</think>`, for
-        Phi-4's own tokenizer, which lacks them: "<|dummy_86|>,<|dummy_87|>". The copy that `save` writes has them
-        renamed, so it is read back without this setting.
+        `think_tokens`: "A,B", two tokens of a tokenizer.json that take the place of `<think>` and `</think>`,
+        for Phi-4's own tokenizer, which lacks them: "<|dummy_86|>,<|dummy_87|>". The copy that `save` writes
+        has them renamed, so it is read back without this setting.
         """
         if path == "":
             return cls.builtin()
