@@ -16,9 +16,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,6 +72,7 @@ class Problem:
 
 
 Record = Problem | Conversation
+Check = Callable[[Record], object]
 
 
 @dataclass(frozen=True)
@@ -314,54 +315,85 @@ def find_files(path: str | Path) -> tuple[list[Path], list[Path]]:
     return files, [entry for entry in inside if entry.suffix not in suffixes]
 
 
+class _Loader:
+    """One load: the records kept, the report, and the reject file, opened when the first row needs it."""
+
+    def __init__(self, on_bad_row: OnBadRow, reject_path: str | Path | None, check: Check | None) -> None:
+        self.on_bad_row, self.reject_path, self.check = on_bad_row, reject_path, check
+        self.report = LoadReport()
+        self.records: list[Record] = []
+        self._first_use: dict[str, str] = {}
+        self._stack = ExitStack()
+        self._rejects: JsonlWriter | None = None
+
+    def __enter__(self) -> _Loader:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def _accept(self, row: Any, place: str) -> None:
+        if isinstance(row, _RowError):
+            raise row
+        record = _record(row, place)
+        if record.id in self._first_use:
+            raise _RowError("id", f"{record.id!r} is already used at {self._first_use[record.id]}")
+        if self.check is not None:
+            try:
+                self.check(record)
+            except UserError as error:
+                raise _RowError("", str(error)) from None
+        self._first_use[record.id] = place
+        self.records.append(record)
+        self.report.kept += 1
+
+    def _reject(self, bad: BadRow, raw: str) -> None:
+        if self.on_bad_row == "stop":
+            raise UserError(str(bad))
+        assert self.reject_path is not None
+        if self._rejects is None:
+            self._rejects = self._stack.enter_context(JsonlWriter(self.reject_path))
+            self.report.reject_file = str(self.reject_path)
+        self._rejects.write({**asdict(bad), "raw": raw})
+        self.report.rejected += 1
+        kind = f"{bad.field}: {bad.reason}" if bad.field else bad.reason.split(":")[0]
+        self.report.reasons[kind] = self.report.reasons.get(kind, 0) + 1
+
+    def read(self, file: Path) -> None:
+        rows = _jsonl_rows(file, self.report) if file.suffix in JSONL_SUFFIXES else _parquet_rows(file)
+        for line, row, raw in rows:
+            self.report.rows += 1
+            try:
+                self._accept(row, f"{file.name}:{line}")
+            except _RowError as error:
+                bad = BadRow(str(file), line, _printable(error.field_name), _printable(error.reason))
+                self._reject(bad, _printable(raw))
+
+
 def load_records(
-    path: str | Path, on_bad_row: OnBadRow = "stop", reject_path: str | Path | None = None
+    path: str | Path,
+    on_bad_row: OnBadRow = "stop",
+    reject_path: str | Path | None = None,
+    check: Check | None = None,
 ) -> tuple[list[Record], LoadReport]:
     """Reads every row of a JSONL or Parquet file, or of a folder of them, in file and line order.
 
     A bad row raises `UserError` with file, line, field and reason ("stop"), or is written to `reject_path` as
-    {"file", "line", "field", "reason", "raw"} and counted ("skip"). A load that keeps no row at all is an
-    error either way.
+    {"file", "line", "field", "reason", "raw"} and counted ("skip"). `check` may refuse a well-formed record
+    that a stage cannot use, by raising `UserError`. A load that keeps no row at all is an error either way.
     """
     if on_bad_row == "skip" and reject_path is None:
         raise ValueError("on_bad_row='skip' needs reject_path: a skipped row has to be written somewhere")
     files, ignored = find_files(path)
-    report = LoadReport(files=[str(file) for file in files], ignored_files=[str(file) for file in ignored])
-    records: list[Record] = []
-    first_use: dict[str, str] = {}
-    with ExitStack() as stack:
-        rejects: JsonlWriter | None = None
+    with _Loader(on_bad_row, reject_path, check) as loader:
         for file in files:
-            rows = _jsonl_rows(file, report) if file.suffix in JSONL_SUFFIXES else _parquet_rows(file)
-            for line, row, raw in rows:
-                report.rows += 1
-                place = f"{file.name}:{line}"
-                try:
-                    if isinstance(row, _RowError):
-                        raise row
-                    record = _record(row, place)
-                    if record.id in first_use:
-                        raise _RowError("id", f"{record.id!r} is already used at {first_use[record.id]}")
-                except _RowError as error:
-                    bad = BadRow(str(file), line, _printable(error.field_name), _printable(error.reason))
-                    if on_bad_row == "stop":
-                        raise UserError(str(bad)) from None
-                    assert reject_path is not None
-                    if rejects is None:
-                        rejects = stack.enter_context(JsonlWriter(reject_path))
-                        report.reject_file = str(reject_path)
-                    rejects.write({**bad.__dict__, "raw": raw})
-                    report.rejected += 1
-                    kind = f"{bad.field}: {bad.reason}" if bad.field else bad.reason.split(":")[0]
-                    report.reasons[kind] = report.reasons.get(kind, 0) + 1
-                else:
-                    first_use[record.id] = place
-                    records.append(record)
-                    report.kept += 1
-    if not records:
+            loader.read(file)
+    report = loader.report
+    report.files, report.ignored_files = list(map(str, files)), list(map(str, ignored))
+    if not loader.records:
         more = f" (all {report.rows} rejected, see {report.reject_file})" if report.rows else ""
         raise UserError(f"{path}: no usable rows{more}")
-    return records, report
+    return loader.records, report
 
 
 def load_problems(

@@ -173,8 +173,8 @@ class Tokenizer:
                 hint = f" (this one has Phi-4's unused {first} and {second})"
             raise UserError(
                 f"{self.source}: has no single token for {' and '.join(missing)}; take a tokenizer "
-                f"that has them, such as Phi-4-reasoning's, or name two unused tokens to become them, with a comma, in "
-                f"tokenizer.think_tokens{hint}"
+                f"that has them, such as Phi-4-reasoning's, or name two unused tokens to become them, with a "
+                f"comma between, in tokenizer.think_tokens{hint}"
             )
         if missing:
             raise UserError(
