@@ -1,0 +1,12 @@
+"""GRPO: roll out, verify and reward, advantages, objective, step.
+
+    types.py        samples and trajectories (numpy, no torch)
+    rewards.py      the paper's reward, part by part (no torch)
+    advantages.py   rewards of a group -> advantages (numpy)
+    objective.py    log-probs and advantages -> loss sum (torch, pure functions)
+    rollout.py      sampling from the trainer's own weights
+    train.py        the loop, on one screen
+
+Rewards, advantages and the objective are pure functions of arrays and know nothing of models, ranks or files.
+`phi4r.train` never imports this package.
+"""

@@ -1,0 +1,78 @@
+"""What the GRPO loop passes around: samples from a rollout engine, and what became of them. numpy, no torch.
+
+A `Sample` is what an engine returns; a `Trajectory` is the same sample after verification, reward and
+advantages, and has everything a rollout file keeps. Prompts are numbered within their step, samples within
+their prompt, so (run seed, step, prompt_index, sample_index) names the random stream of one sample.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from phi4r.data.records import Problem
+from phi4r.rl.rewards import RewardParts
+from phi4r.verify.strict import Verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One sampled response.
+
+    `prompt_tokens` int32 [p] with the generation prompt; `tokens` int32 [n], the response with its EOS if
+    it has one; `logprobs` float32 [n], the sampler's log-probability of each response token under the
+    sampling distribution (before any top-p or top-k filter, at the rollout's temperature); `finished`: an
+    EOS was sampled before the limit; `text`: the decoded response, think tags included, EOS not.
+    """
+
+    prompt_index: int
+    sample_index: int
+    prompt_tokens: npt.NDArray[np.int32]
+    tokens: npt.NDArray[np.int32]
+    logprobs: npt.NDArray[np.float32]
+    finished: bool
+    text: str
+
+    def __post_init__(self) -> None:
+        assert len(self.tokens) == len(self.logprobs), "every response token has a log-probability"
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the response in tokens, the EOS included: L in the reward."""
+        return len(self.tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectory:
+    """A sample that was verified and rewarded; `advantage` is that of its group."""
+
+    sample: Sample
+    problem: Problem
+    verdict: Verdict
+    reward: RewardParts
+    advantage: float
+
+    def record(self, step: int, prompt_text: str) -> dict[str, Any]:
+        """One line of a rollout file: plain JSON values, no token ids."""
+        return {
+            "step": step,
+            "prompt_index": self.sample.prompt_index,
+            "sample_index": self.sample.sample_index,
+            "problem_id": self.problem.id,
+            "task": self.problem.task,
+            "prompt": prompt_text,
+            "gold": self.problem.answer,
+            "response": self.sample.text,
+            "finished": self.sample.finished,
+            "num_tokens": self.sample.num_tokens,
+            "outcome": self.verdict.outcome,
+            "answer": self.verdict.answer or "",
+            "method": self.verdict.method,
+            "verify_seconds": self.verdict.seconds,
+            "reward": self.reward.as_dict(),
+            "advantage": self.advantage,
+            "mean_logprob": float(np.mean(self.sample.logprobs)) if self.sample.num_tokens else 0.0,
+        }

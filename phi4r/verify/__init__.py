@@ -1,0 +1,11 @@
+"""Is this answer right? Extraction, exact comparison, and worker processes for symbolic comparison.
+
+    extract.py   where the answer stands: after `</think>`, in the last `\\boxed{}` (text only)
+    strict.py    the tiers: string -> exact rational -> complexity gate -> math-verify with an exact guard
+    pool.py      `VerifierPool`: workers with a hard deadline and a memory limit, killed and replaced
+    worker.py    the program a worker runs (`python -m phi4r.verify.worker`)
+    cli.py       `phi4r verify` and `phi4r reward`: JSONL in, JSONL out
+
+Nothing here imports torch, and only a worker process ever imports sympy or math-verify: a hostile answer
+can make those run for ever, so they never run in the caller's process.
+"""

@@ -1,0 +1,217 @@
+r"""Comparing an answer with the gold answer: cheap exact tiers first, symbolic algebra last and never in
+this process.
+
+`decide_quickly` settles, with text and `fractions.Fraction` only:
+
+1. no answer found                                  -> no_answer
+2. equal after normalising the notation             -> correct   ("string")
+3. both are rational numbers in plain notation      -> exact comparison ("rational"); a decimal of six or more
+                                                       significant digits may be the other's rounding
+                                                       ("rounded")
+4. one of them is a plain word                      -> wrong     ("word"): words are equal as strings or not
+5. different number bases (`1010_2`, `1010_3`)      -> wrong     ("subscript")
+6. too long, too deep, too explosive to evaluate    -> error     ("too_complex"): not graded, so not "wrong"
+
+What is left needs `compare_symbolically` (math-verify, in a worker process): `("symbolic")` correct or
+wrong, with positives re-checked, because math-verify compares floating-point numbers at about 6 digits (it
+takes 1/2^99 for 1/2^98). `("unparsed")`: an answer that is not mathematics is wrong; a gold answer that is
+not is an error of the data.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+from phi4r.verify.extract import Extraction, extract_answer, gold_answer, strip_outer_braces
+
+Outcome = Literal["correct", "wrong", "no_answer", "timeout", "error"]
+OUTCOMES: tuple[Outcome, ...] = ("correct", "wrong", "no_answer", "timeout", "error")
+
+# Above these a text is compared as a string only.
+MAX_SYMBOLIC_CHARS = 1000
+MAX_DIGITS = 400
+MAX_CARETS = 12
+MAX_BRACES = 150
+MAX_PARENTHESES = 100
+
+# A decimal must show this many significant digits before it may stand for the exact number it rounds.
+MIN_ROUNDED_DIGITS = 6
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of one comparison.
+
+    `outcome`: "correct", "wrong", "no_answer", "timeout" (killed at the deadline) or "error" (could not be
+    graded). `answer`: the extracted text, None if there is none. `method`: the tier that decided, or the
+    reason. `seconds`: time the comparison took in its worker; 0.0 when it was settled in this process.
+    """
+
+    outcome: Outcome
+    answer: str | None
+    method: str
+    seconds: float = 0.0
+
+    @property
+    def correct(self) -> bool:
+        """Whether the answer was graded as right."""
+        return self.outcome == "correct"
+
+
+@dataclass(frozen=True)
+class SymbolicQuestion:
+    """A comparison that text alone cannot settle: both sides normalised, safe to hand to a worker."""
+
+    gold: str
+    answer: str
+
+
+# --- normalising
+
+_UNICODE = str.maketrans(
+    {
+        "−": "-",
+        "–": "-",
+        "×": r"\times ",
+        "·": r"\cdot ",
+        "÷": r"\div ",
+        "π": r"\pi ",
+        "∞": r"\infty ",
+        "\u00a0": " ",
+    }
+)
+_DROPPED = re.compile(r"\\(?:left|right|displaystyle|limits)(?![a-zA-Z])|\\[!,;:]")
+_THOUSANDS = re.compile(r"(?<=\d)(?:\\[,;: ]|\{,\}|,)(?=\d{3}(?!\d))")
+_GROUPED_NUMBER = re.compile(r"[+-]?\d{1,3}(?:(?:\\[,;: ]|\{,\}|,)\d{3})+(?:\.\d+)?")
+_WRAPPER = re.compile(r"\\(?:text|mathrm|textbf|mathbf|operatorname)\{([^{}]*)\}")
+_ROMAN_LETTER = re.compile(r"\\(?:mathrm|text|rm)\{([a-zA-Z])\}")
+_SPACES = re.compile(r"\s+")
+
+
+def normalise(answer: str) -> str:
+    """One notation for the same text: dollar signs, spacing commands, `\\dfrac`, thousands separators, a
+    final stop.
+    """
+    text = answer.translate(_UNICODE).strip()
+    if text.startswith("**") and text.endswith("**") and len(text) > 4:
+        text = text[2:-2].strip()
+    text = text.strip("$").strip()
+    if _GROUPED_NUMBER.fullmatch(text.rstrip(".")):
+        return _THOUSANDS.sub("", text.rstrip("."))
+    text = _DROPPED.sub("", text).replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac")
+    text = _ROMAN_LETTER.sub(r"\1", text)
+    text = _SPACES.sub(" ", text).strip().rstrip(".").strip()
+    whole = _WRAPPER.fullmatch(text)
+    return strip_outer_braces(whole.group(1) if whole else text)
+
+
+def _same_string(gold: str, answer: str) -> bool:
+    if gold.replace(" ", "") == answer.replace(" ", ""):
+        return True
+    return len(gold) > 1 and _is_word(gold) and gold.casefold() == answer.casefold()
+
+
+def _is_word(text: str) -> bool:
+    """Two or more letters and nothing but letters and blanks: `blue`, `not enough`; never a variable such
+    as `x`.
+    """
+    return len(text) > 1 and text.replace(" ", "").isalpha() and re.search(r"[^\W\d_]{2,}", text) is not None
+
+
+_DECIMAL = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)")
+_SLASH = re.compile(r"([+-]?\d+) ?/ ?(\d+)")
+_FRAC = re.compile(r"([+-]?) ?\\frac ?(?:\{ ?([+-]?\d+) ?\}|(\d)) ?(?:\{ ?([+-]?\d+) ?\}|(\d))")
+
+
+def exact_rational(text: str) -> Fraction | None:
+    r"""The exact value of an integer, decimal, `a/b` or `\frac{a}{b}` of at most `MAX_DIGITS` characters,
+    else None.
+    """
+    if len(text) > MAX_DIGITS or not text.isascii():
+        return None
+    if _DECIMAL.fullmatch(text):
+        return Fraction(text)
+    if slash := _SLASH.fullmatch(text):
+        return Fraction(int(slash[1]), int(slash[2])) if int(slash[2]) else None
+    if frac := _FRAC.fullmatch(text):
+        numerator, denominator = int(frac[2] or frac[3]), int(frac[4] or frac[5])
+        return (-1 if frac[1] == "-" else 1) * Fraction(numerator, denominator) if denominator else None
+    return None
+
+
+def _is_rounding_of(decimal: str, exact: Fraction) -> bool:
+    """Whether `decimal`, as printed, is `exact` rounded to its last place, with enough significant digits."""
+    if "." not in decimal:
+        return False
+    places = len(decimal.rpartition(".")[2])
+    significant = len(decimal.lstrip("+-").replace(".", "").lstrip("0"))
+    return significant >= MIN_ROUNDED_DIGITS and abs(Fraction(decimal) - exact) <= Fraction(1, 2 * 10**places)
+
+
+# --- deciding
+
+_STACKED_POWERS = re.compile(r"\^[^^]{0,40}\^[^^]{0,40}\^|\^\s*\{?\s*[\w(]*\s*\^|\*\*[^*]{1,20}\*\*")
+_STACKED_FACTORIALS = re.compile(r"!\s*[)}\]]*\s*!")
+_LONG_NUMBER = re.compile(rf"\d{{{MAX_DIGITS},}}")
+_BIG_NUMBER = re.compile(r"(\d{5,})\s*[)}]*\s*!|\^\s*\{?\s*-?\s*\(?\s*\d{5,}|\*\*\s*-?\(?\s*\d{5,}")
+_SUBSCRIPT = re.compile(r"_\{?(\w+)\}?$")
+
+
+def is_too_complex(text: str) -> bool:
+    """A quick look that refuses what could take for ever or fill the memory: length, depth, towers,
+    factorials.
+    """
+    return (
+        len(text) > MAX_SYMBOLIC_CHARS
+        or text.count("^") > MAX_CARETS
+        or text.count("{") > MAX_BRACES
+        or text.count("(") > MAX_PARENTHESES
+        or any(p.search(text) for p in (_STACKED_POWERS, _STACKED_FACTORIALS, _LONG_NUMBER, _BIG_NUMBER))
+    )
+
+
+def compare_quickly(gold: str, answer: str) -> tuple[Outcome, str] | SymbolicQuestion:
+    """Settle bare answers without algebra, or return the question that a worker must settle."""
+    gold_text, answer_text = normalise(gold), normalise(answer)
+    if not answer_text:
+        return "no_answer", "empty"
+    if not gold_text:
+        return "error", "empty_gold"
+    if _same_string(gold_text, answer_text):
+        return "correct", "string"
+    gold_value, answer_value = exact_rational(gold_text), exact_rational(answer_text)
+    if gold_value is not None and answer_value is not None:
+        if gold_value == answer_value:
+            return "correct", "rational"
+        if ("." in gold_text) != ("." in answer_text) and (
+            _is_rounding_of(gold_text, answer_value) or _is_rounding_of(answer_text, gold_value)
+        ):
+            return "correct", "rounded"
+        return "wrong", "rational"
+    if _is_word(gold_text) or _is_word(answer_text):
+        return "wrong", "word"
+    gold_base, answer_base = _SUBSCRIPT.search(gold_text), _SUBSCRIPT.search(answer_text)
+    if gold_base and answer_base and gold_base[1] != answer_base[1]:
+        return "wrong", "subscript"
+    if is_too_complex(answer_text) or is_too_complex(gold_text):
+        return "error", "too_complex"
+    return SymbolicQuestion(gold_text, answer_text)
+
+
+def decide_quickly(gold: str, response: str) -> tuple[Extraction, Verdict | SymbolicQuestion]:
+    """Extract the answer from a whole response and settle it if text and exact rationals can.
+
+    Returns what was extracted and either the verdict or the question for a worker. Never runs long: linear
+    in the text.
+    """
+    found = extract_answer(response)
+    if found.answer is None:
+        return found, Verdict("no_answer", None, found.source)
+    decided = compare_quickly(gold_answer(gold), found.answer)
+    if isinstance(decided, SymbolicQuestion):
+        return found, decided
+    outcome, method = decided
+    return found, Verdict(outcome, None if outcome == "no_answer" else found.answer, method)
