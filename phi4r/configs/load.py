@@ -189,11 +189,8 @@ def _find(recipe: str) -> Path:
             raise UserError(f"{path}: a recipe is a .toml file or the config.json of a run, not {path.name}")
         return path
     names = recipe_names()
-    raise UserError(
-        f"no recipe {recipe!r}: neither a file nor one of {', '.join(names)}{closest(recipe, names)}".rstrip(
-            "?"
-        )
-    )
+    known = ", ".join(names)
+    raise UserError(f"no recipe {recipe!r}: not a file, and not one of {known}{closest(recipe, names)}")
 
 
 def _key_lines(text: str) -> dict[str, int]:
@@ -210,12 +207,13 @@ def _key_lines(text: str) -> dict[str, int]:
 
 
 def _read_toml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    text = ""
     try:
         text = path.read_text(encoding="utf-8")
         return tomllib.loads(text), _key_lines(text)
     except tomllib.TOMLDecodeError as error:
         match = re.search(r" \(at line (\d+), column (\d+)\)$", str(error))
-        where = f"{path}:{match[1]}" if match else str(path)
+        where = f"{path}:{match[1] if match else max(1, len(text.splitlines()))}"
         what = str(error)[: match.start()] + f" (column {match[2]})" if match else str(error)
         raise UserError(f"{where}: not valid TOML: {what}") from None
     except UnicodeDecodeError as error:

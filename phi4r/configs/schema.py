@@ -52,7 +52,11 @@ class Entry(NamedTuple):
 def sections_of(stage: type) -> dict[str, type]:
     """The sections of a stage, in order: name -> dataclass."""
     hints: dict[str, Any] = typing.get_type_hints(stage)
-    return {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    return {
+        name: hint
+        for name, hint in hints.items()
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint)
+    }
 
 
 @functools.cache
@@ -113,9 +117,9 @@ def reference(stage: type) -> list[tuple[str, str, list[Entry]]]:
 
 
 def closest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean X?` for the known word most like `word`, or an empty string."""
+    """`, did you mean 'X'?` for the known word most like `word`, otherwise a full stop."""
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {match[0]}?" if match else ""
+    return f", did you mean {match[0]!r}?" if match else "."
 
 
 def unknown(key: str, what: str, word: str, known: Iterable[str], source: str) -> ConfigError:

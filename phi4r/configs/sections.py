@@ -157,7 +157,7 @@ class ParallelConfig:
     """Shard the optimizer state over dp x cp ranks instead of copying it."""
     overlap: bool = False
     """Overlap gradient reduction and parameter gathering with compute."""
-    timeout_s: float = 600.0
+    timeout_s: int = 600
     """Seconds after which a collective, or the start of the ranks, is given up."""
     threads: int = 1
     """CPU threads per rank. One is fastest for tiny models; results repeat bit for bit only at the same
