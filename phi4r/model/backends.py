@@ -17,8 +17,8 @@ from phi4r.model.packed import PackedContext
 
 Backend = Callable[[Tensor, Tensor, Tensor, PackedContext, float], Tensor]
 
-# Up to this many tokens one dense boolean mask is cheaper on CPU than a call per document.
-DENSE_MASK_TOKENS = 2048
+# Up to this many tokens one call with a dense mask costs less on CPU than a call per document.
+DENSE_MASK_TOKENS = 512
 
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, context: PackedContext, scale: float) -> Tensor:

@@ -9,7 +9,12 @@ import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -181,6 +186,16 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, recompute: 
     return config
 
 
+def _mark_sharded_parameters(chunk: Phi4Model) -> None:
+    """Tell megatron which parameters are slices. It only does so itself while it initialises weights, and counts an
+    unmarked slice once instead of once per TP rank in the gradient norm: clipping would be silently wrong."""
+    for module in chunk.modules():
+        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
+            set_tensor_model_parallel_attributes(module.weight, True, 0, 1)
+        elif isinstance(module, RowParallelLinear):
+            set_tensor_model_parallel_attributes(module.weight, True, 1, 1)
+
+
 def build_model(
     model: ModelConfig, parallel: ParallelConfig, *, recompute: str = "none"
 ) -> list[Phi4Model]:
@@ -201,5 +216,6 @@ def build_model(
             post_process=mpu.is_pipeline_last_stage(ignore_virtual=ignore_virtual, vp_stage=vp_stage),
             vp_stage=vp_stage,
         )
+        _mark_sharded_parameters(chunk)
         chunks.append(chunk)
     return chunks

@@ -4,8 +4,8 @@ Three forms of one weight:
 
 - *HF tensor*: as `Phi3ForCausalLM` stores it (`model.layers.3.self_attn.qkv_proj.weight`, rows [Q | K | V]).
 - *full mcore tensor*: the same shape in megatron-core's row order, not cut by tensor parallelism. Only two
-  kinds differ from HF: QKV rows are interleaved per KV group ([q-heads of group 0, k0, v0, q-heads of group 1, ...])
-  and fc1 stays [gate | up].
+  kinds differ from HF: QKV rows are interleaved per KV group ([q-heads of group 0, k0, v0, q-heads of group
+  1, ...]) and fc1 stays [gate | up].
 - *shard*: what one tensor-parallel rank holds. For fc1, gate and up are cut separately and joined again.
 
 Shape letters: `V` vocabulary, `D` hidden, `F` FFN, `N` query heads, `K` KV heads, `H` head dim.
@@ -156,7 +156,9 @@ def shard(weight: Weight, mcore_tensor: Tensor, tp_rank: int, tp: int) -> Tensor
 
 
 def unshard(weight: Weight, shards: Sequence[Tensor]) -> Tensor:
-    """The full mcore tensor from the shards of all tensor-parallel ranks, in rank order; inverse of `shard`."""
+    """The full mcore tensor from the shards of all tensor-parallel ranks, in rank order; inverse of
+    `shard`.
+    """
     if len(shards) == 1 or weight.shard_dim is None:
         return shards[0]
     if weight.kind == "gate_up":
@@ -170,8 +172,8 @@ def _cut(weight: Weight, tensor: Tensor, tp_rank: int, tp: int) -> Tensor:
     size, rest = divmod(tensor.shape[weight.shard_dim], tp)
     if rest:
         raise UserError(
-            f"{weight.hf}: dimension {weight.shard_dim} of size {tensor.shape[weight.shard_dim]} cannot be cut "
-            f"into {tp} equal tensor-parallel parts"
+            f"{weight.hf}: dimension {weight.shard_dim} of size {tensor.shape[weight.shard_dim]} "
+            f"cannot be cut into {tp} equal tensor-parallel parts"
         )
     return tensor.narrow(weight.shard_dim, tp_rank * size, size)
 

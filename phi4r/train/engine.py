@@ -34,8 +34,8 @@ from phi4r.parallel import zigzag
 from phi4r.parallel.layout import Layout
 
 TokenLoss = Callable[[Tensor, Tensor, dict[str, Tensor]], tuple[Tensor, Tensor, dict[str, Tensor]]]
-"""(logprobs_T, entropy_T, row tensors) -> (loss sum, integer count, sums to report). Row tensors: `loss_mask` and the
-row's extras, each [T local] fp32."""
+"""(logprobs_T, entropy_T, row tensors) -> (loss sum, integer count, values to report: sums, or maxima of non-negative
+values under names that begin with "max_"). Row tensors: `loss_mask` and the row's extras, each [T local] fp32."""
 
 
 @dataclass(frozen=True)
@@ -287,7 +287,8 @@ class Engine:
         )
 
     def _reduce(self, reports: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Sum each reported value over this rank's microbatches and over all ranks, in float64."""
+        """Each reported value over this rank's microbatches and over all ranks, in float64: the sum, or the maximum where
+        the name begins with "max_"."""
         names = sorted(reports[0]) if reports else None
         if self.layout.world_size > 1:
             box = [names]
@@ -296,12 +297,16 @@ class Engine:
             dist.broadcast_object_list(box, src=source)
             names = box[0]
         assert names is not None
-        totals = torch.zeros(len(names), dtype=torch.float64, device=self.layout.device)
-        for report in reports:
-            totals += torch.stack([report[name].detach().double() for name in names]).to(totals.device)
+        device = self.layout.device
+        values = torch.zeros(1 + len(reports), len(names), dtype=torch.float64, device=device)
+        for index, report in enumerate(reports):
+            values[index + 1] = torch.stack([report[name].detach().double() for name in names]).to(device)
+        sums, largest = values.sum(0), values.amax(0)
         if self.layout.world_size > 1:
-            dist.all_reduce(totals)
-        return dict(zip(names, totals.tolist(), strict=True))
+            dist.all_reduce(sums)
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        is_max = torch.tensor([name.startswith("max_") for name in names], device=device)
+        return dict(zip(names, largest.where(is_max, sums).tolist(), strict=True))
 
 
 def empty_row(like: PackedRow) -> PackedRow:

@@ -1,0 +1,91 @@
+"""From trajectories to packed rows, and the GRPO objective as the loss the training engine takes.
+
+Every per-token quantity rides in the rows as an extra aligned with its target token, so it is cut, packed and dealt to
+ranks by the same code as the tokens:
+
+    advantages, weights         A_i and w_t of `rl.objective`
+    counts                      what a token adds to the loss's whole-number denominator
+    rollout_logprobs            the sampler's log-prob
+    old_logprobs, ref_logprobs  of the policy that sampled (only off-policy) and of the frozen reference
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from phi4r.data.packing import Document
+from phi4r.rl.objective import Normalization, ObjectiveSettings, normalization_weights, token_loss
+from phi4r.rl.types import Sample
+from phi4r.train.engine import TokenLoss
+
+
+def response_documents(
+    samples: Sequence[Sample],
+    advantages: Sequence[float],
+    normalization: Normalization,
+    constant: int,
+) -> list[Document]:
+    """One document per sample: prompt and response tokens, the response as targets, with the extras of the loss.
+
+    advantages: one per sample. constant: L_max of the "constant" normalisation, in tokens.
+    """
+    lengths = [sample.num_tokens for sample in samples]
+    weights, _ = normalization_weights(lengths, normalization, constant)
+    documents = []
+    for sample, advantage, weight in zip(samples, advantages, weights, strict=True):
+        prompt, length = len(sample.prompt_tokens), sample.num_tokens
+        mask = np.arange(prompt + length) >= prompt
+        counts = mask.astype(np.float32)
+        if normalization != "token":
+            counts[prompt + 1 :] = 0  # a response counts once, at its first token
+        rollout = np.zeros(prompt + length, dtype=np.float32)
+        rollout[prompt:] = sample.logprobs
+        extras = {
+            "advantages": np.where(mask, advantage, 0.0).astype(np.float32),
+            "weights": np.where(mask, weight, 0.0).astype(np.float32),
+            "counts": counts,
+            "rollout_logprobs": rollout,
+        }
+        tokens = np.concatenate([sample.prompt_tokens, sample.tokens]).astype(np.int32)
+        documents.append(Document(tokens, mask, extras))
+    return documents
+
+
+def with_extra(
+    documents: Sequence[Document], name: str, values: Sequence[npt.NDArray[np.float32]]
+) -> list[Document]:
+    """The documents with one more extra, float32 per token each (`packing.unpack` gives them so)."""
+    return [
+        Document(document.tokens, document.loss_mask, {**document.extras, name: value.astype(np.float32)})
+        for document, value in zip(documents, values, strict=True)
+    ]
+
+
+def grpo_loss(settings: ObjectiveSettings, *, on_policy: bool) -> TokenLoss:
+    """The objective of `rl.objective` over a row that carries the extras above.
+
+    on_policy: the weights have not moved since sampling, so the ratio is 1 by definition and no old log-probs are needed.
+    Beside the objective's sums it reports `logprob_gap` (sum of |policy - rollout| log-probs) and `max_logprob_gap`.
+    """
+
+    def loss(logprobs_T: Tensor, entropy_T: Tensor, row: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        total, sums = token_loss(
+            logprobs_T,
+            entropy_T,
+            None if on_policy else row["old_logprobs"],
+            row.get("ref_logprobs"),
+            row["advantages"],
+            row["weights"],
+            settings,
+        )
+        with torch.no_grad():
+            gap_T = (logprobs_T - row["rollout_logprobs"]).abs() * (row["weights"] != 0)
+        reports = {**sums, "logprob_gap": gap_T.sum(), "max_logprob_gap": gap_T.max()}
+        return total, row["counts"].sum(), reports
+
+    return loss

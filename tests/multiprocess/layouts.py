@@ -1,0 +1,168 @@
+"""The program behind `test_layouts.py`: goes through many layouts in one launch and writes what each one computed.
+
+Run as ranks of one job: every case of the job's world size is trained for a few optimizer steps on fixed rows, with SFT's
+loss and with the GRPO objective, and rank 0 writes {case: {"loss": [...], "grad_norm": [...]}}.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from phi4r.configs.sections import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from phi4r.data.packing import Document, PackedRow, pack
+from phi4r.model.names import load_weights, random_weights
+from phi4r.model.packed import PackedContext
+from phi4r.parallel.layout import init_layout
+from phi4r.rl.batch import grpo_loss
+from phi4r.train.engine import Engine, TokenLoss, sft_loss
+
+STEPS, ROWS, LENGTH, VOCAB = 5, 4, 64, 64
+MODEL = ModelConfig(
+    num_layers=4, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2, head_dim=8,
+    vocab_size=VOCAB, max_position_embeddings=LENGTH,
+)  # fmt: skip
+OPTIMIZER = OptimizerConfig(lr=1e-2, warmup_steps=0, decay="constant", weight_decay=0.1, clip_grad=0.5)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout, how rows are filled, the loss, and perhaps a planted bug."""
+
+    layout: str
+    parallel: dict[str, Any] = field(default_factory=dict)
+    packed: bool = True
+    loss: str = "sft"
+    dtype: str = "fp32"
+    recompute: str = "none"
+    bug: str = ""
+
+    @property
+    def name(self) -> str:
+        parts = [self.layout, "packed" if self.packed else "unpacked", self.loss, self.dtype, self.recompute, self.bug]
+        return "-".join(p for p in parts if p and p not in ("none", "fp32"))
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp1": {},
+    "tp2": {"tp": 2},
+    "tp2sp": {"tp": 2, "sp": True},
+    "pp2": {"pp": 2},
+    "pp2vpp2": {"pp": 2, "vpp": 2},
+    "dp2": {"dp": 2, "distributed_optimizer": False},
+    "dp2distopt": {"dp": 2},
+    "dp2distopt_overlap": {"dp": 2, "overlap": True},
+    "cp2": {"cp": 2},
+    "tp2pp2": {"tp": 2, "pp": 2},
+    "tp2cp2": {"tp": 2, "cp": 2},
+    "tp2dp2": {"tp": 2, "dp": 2},
+    "tp2sp_pp2": {"tp": 2, "sp": True, "pp": 2},
+    "pp4": {"pp": 4},
+}
+GRPO_LAYOUTS = ("tp1", "tp2", "tp2sp", "pp2", "pp2vpp2", "cp2", "dp2distopt", "tp2pp2", "tp2cp2")
+
+
+def cases() -> list[Case]:
+    """Every case of the matrix."""
+    matrix = [
+        Case(layout, parallel, packed)
+        for layout, parallel in LAYOUTS.items()
+        for packed in (True, False)
+        if layout not in ("pp4",)
+    ]
+    matrix += [Case(layout, LAYOUTS[layout], loss="grpo") for layout in GRPO_LAYOUTS]
+    matrix += [Case(layout, LAYOUTS[layout], dtype="bf16") for layout in ("tp1", "dp2distopt", "pp2")]
+    matrix += [Case(layout, LAYOUTS[layout], recompute=r) for layout in ("tp1", "tp2sp") for r in ("selective", "full")]
+    matrix += [
+        Case("pp4", LAYOUTS["pp4"]),
+        Case("pp4", LAYOUTS["pp4"], bug="middle_stages_lose_cu_seqlens"),
+        Case("dp2distopt", LAYOUTS["dp2distopt"], bug="loss_averaged_per_microbatch"),
+        Case("tp1", {}, bug="loss_averaged_per_microbatch"),
+    ]
+    return matrix
+
+
+def world_size(case: Case) -> int:
+    return ParallelConfig(**case.parallel).world_size
+
+
+def rows(packed: bool, step: int) -> list[PackedRow]:
+    """Rows with documents of uneven length and masks, so that ranks hold different numbers of targets."""
+    random = np.random.default_rng(1000 + step)
+    documents: list[Document] = []
+    while True:
+        length = int(random.integers(1, 30)) if packed else int(random.integers(10, LENGTH + 1))
+        tokens = random.integers(0, VOCAB, length).astype(np.int32)
+        mask = np.arange(length) >= random.integers(0, length)
+        extras = {
+            "advantages": np.full(length, random.normal(), np.float32),
+            "weights": mask.astype(np.float32),
+            "counts": mask.astype(np.float32),
+            "rollout_logprobs": random.normal(-3, 1, length).astype(np.float32),
+            "old_logprobs": random.normal(-4, 0.5, length).astype(np.float32),
+            "ref_logprobs": random.normal(-4, 0.5, length).astype(np.float32),
+        }
+        trial = [*documents, Document(tokens, mask, extras)]
+        filled = pack(trial, LENGTH) if packed else [row for d in trial for row in pack([d], LENGTH)]
+        if len(filled) > ROWS:
+            return pack(documents, LENGTH) if packed else [row for d in documents for row in pack([d], LENGTH)]
+        documents = trial
+
+
+def averaged_per_microbatch(
+    logprobs_T: Tensor, entropy_T: Tensor, row: dict[str, Tensor]
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The classic bug: a mean per microbatch, then a mean of means."""
+    loss, count, sums = sft_loss(logprobs_T, entropy_T, row)
+    return loss / count.clamp(min=1), torch.ones_like(count), sums
+
+
+class LosesDocuments(Engine):
+    """The other classic bug: stages between the first and the last see one long document."""
+
+    def _context(self, *args: Any, **kwargs: Any) -> tuple[PackedContext, Tensor]:
+        context, ids = super()._context(*args, **kwargs)
+        if 0 < self.layout.pp_rank < self.layout.pp - 1:
+            context.cu_seqlens_q = context.cu_seqlens_kv = torch.tensor([0, context.num_tokens], dtype=torch.int32)
+            context.position_ids = torch.arange(context.num_tokens)
+        return context, ids
+
+
+def train(case: Case) -> dict[str, list[float]]:
+    """Losses and gradient norms of a few optimizer steps of `case`, from the same weights in every layout."""
+    parallel = ParallelConfig(**case.parallel)
+    layout = init_layout(parallel)
+    model = ModelConfig(**{**MODEL.__dict__, "dtype": case.dtype})
+    kind = LosesDocuments if case.bug == "middle_stages_lose_cu_seqlens" else Engine
+    settings = TrainConfig(recompute=case.recompute, logit_chunk_size=24)  # type: ignore[arg-type]
+    engine = kind(model, parallel, layout, settings, OPTIMIZER)
+    load_weights(engine.models, model, random_weights(model, 7), layout.tp_rank, layout.tp)
+    engine.sync_optimizer()
+    loss: TokenLoss = sft_loss
+    if case.loss == "grpo":
+        objective = ObjectiveConfig(kl_reference="ref", kl_coef=0.1, entropy_coef=0.05, dual_clip=3.0)
+        loss = grpo_loss(objective, on_policy=False)
+    elif case.bug == "loss_averaged_per_microbatch":
+        loss = averaged_per_microbatch
+    losses, norms = [], []
+    for step in range(STEPS):
+        result = engine.train_step(rows(case.packed, step), loss, OPTIMIZER.lr, with_entropy=case.loss == "grpo")
+        losses.append(result.loss)
+        norms.append(result.grad_norm)
+    return {"loss": losses, "grad_norm": norms}
+
+
+def run(payload: dict[str, Any]) -> None:
+    """Train every case of this job's world size; rank 0 writes the results to payload["out"]."""
+    results = {}
+    for case in cases():
+        if world_size(case) == payload["world_size"]:
+            results[case.name] = train(case)
+    if torch.distributed.get_rank() == 0:
+        Path(payload["out"]).write_text(json.dumps(results))

@@ -1,0 +1,57 @@
+"""Every layout computes what one process computes: the claim on which all CPU proofs rest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from phi4r.parallel.launch import run_ranks
+from tests.multiprocess import layouts
+
+pytestmark = pytest.mark.multiprocess
+
+Results = dict[str, dict[str, list[float]]]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """All cases, three launches."""
+    folder: Path = tmp_path_factory.mktemp("layouts")
+    found: Results = {}
+    for world_size in (1, 2, 4):
+        out = folder / f"{world_size}.json"
+        payload = {"world_size": world_size, "out": str(out)}
+        run_ranks("tests.multiprocess.launch_target:run", payload, world_size, folder / str(world_size), timeout_s=600, threads=1)
+        found |= json.loads(out.read_text())
+    return found
+
+
+def deviation(results: Results, case: layouts.Case, key: str) -> float:
+    """Largest relative difference over the steps between `case` and the same case on one process, without its bug."""
+    reference = layouts.Case("tp1", packed=case.packed, loss=case.loss, dtype=case.dtype)
+    pairs = zip(results[case.name][key], results[reference.name][key], strict=True)
+    return max(abs(a - b) / abs(b) for a, b in pairs)
+
+
+CASES = [case for case in layouts.cases() if not case.bug]
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_layout_gives_the_losses_and_gradient_norms_of_one_process(results: Results, case: layouts.Case) -> None:
+    # bf16 stages pass activations on exactly, so only sums over ranks may differ; TP would round partial sums to bf16.
+    loss_tolerance, norm_tolerance = (1e-5, 1e-4) if case.dtype == "fp32" else (1e-4, 1e-3)
+    assert deviation(results, case, "loss") <= loss_tolerance
+    assert deviation(results, case, "grad_norm") <= norm_tolerance
+
+
+def test_the_training_moves_the_loss_so_that_equality_says_something(results: Results) -> None:
+    for case in CASES:
+        losses = results[case.name]["loss"]
+        assert max(losses) - min(losses) > 1e-3, case.name
+
+
+@pytest.mark.parametrize("case", [c for c in layouts.cases() if c.bug], ids=lambda c: c.name)
+def test_the_matrix_sees_planted_bugs(results: Results, case: layouts.Case) -> None:
+    assert deviation(results, case, "grad_norm") > 1e-3
