@@ -1,0 +1,331 @@
+"""Saving and loading training through megatron-core's dist_checkpointing (`torch_dist` format), in any
+layout.
+
+The format has no layout in it: a tensor is stored once under its global name, each rank asks for its part.
+Folders, retention and what makes a checkpoint whole are in `phi4r.train.folders`; re-exported here.
+
+megatron-core 0.16.1 without transformer-engine or apex cannot resume its distributed optimizer by itself. The
+three work-rounds are `fill_adam_state`, `set_states_without_step` and `unshare_steps`; `WORK_ROUNDS` names
+them so that a test can leave each one out and see what breaks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from types import MethodType
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from megatron.core import dist_checkpointing
+from megatron.core import parallel_state as mpu
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch import nn
+
+from phi4r.configs.sections import ModelConfig
+from phi4r.errors import UserError
+from phi4r.model.names import local_weights, shard, unwrap
+from phi4r.train import folders
+from phi4r.train.folders import (
+    DIST,
+    TOKENIZER,
+    Manifest,
+    find_latest,
+    read_manifest,
+    read_model_config,
+    remove_leftovers,
+    resolve_checkpoint,
+    tokenizer_folder,
+)
+
+__all__ = [
+    "find_latest",
+    "load_checkpoint",
+    "read_manifest",
+    "read_model_config",
+    "remove_leftovers",
+    "resolve_checkpoint",
+    "save_checkpoint",
+    "tokenizer_folder",
+]
+
+T = TypeVar("T")
+
+WORK_ROUNDS = {
+    "fill_adam_state": "a fresh AdamW has no state, but DistributedOptimizer.state_dict wants a common step",
+    "set_states_without_step": "DistributedOptimizer copies states by name, and the loaded ones have no 'step'",
+    "unshare_steps": "all loaded parameters share one step tensor, so AdamW counts a step once per parameter",
+}
+
+
+class SavesFiles(Protocol):
+    """A tokenizer, as far as a checkpoint cares."""
+
+    def save(self, folder: Path) -> None: ...
+
+
+# --- save
+
+
+def save_checkpoint(
+    run_dir: str | Path,
+    step: int,
+    chunks: Sequence[nn.Module],
+    optimizer: Any | None,
+    *,
+    state: dict[str, Any],
+    model_cfg: ModelConfig,
+    tokenizer: SavesFiles | None = None,
+    layout: dict[str, Any] | None = None,
+    keep_last: int = 2,
+) -> Path:
+    """Write RUN/checkpoints/step_<step> and retire old ones. Collective: every rank calls it with the same
+    arguments.
+
+    chunks: this rank's model chunks, wrapped or not. optimizer: megatron-core's, or None for weights only.
+    state: small, JSON-able and the same on all ranks; rank 0's is kept. Returns the folder once it is whole
+    and visible, on all ranks. An error of writing (a full disk) is raised on every rank. keep_last >= 1.
+    """
+    _finish_param_gather(chunks)
+    temporary = _main_rank(lambda: folders.begin(run_dir, step))
+    # Everything is written under the temporary name; ranks meet inside dist_checkpointing.save.
+    if optimizer is not None:
+        fill_adam_state(optimizer)
+    tree = _sharded_state(chunks, optimizer, is_loading=False)
+    strategy: Any = _InProcessSave()
+    group = mpu.get_data_parallel_group(with_context_parallel=True)
+    if group.size() > 1:
+        strategy = FullyParallelSaveStrategyWrapper(strategy, group, False)
+    dist_checkpointing.save(tree, str(temporary / DIST), sharded_strategy=strategy)
+
+    def finish() -> Path:
+        names: tuple[str, ...] = ()
+        if tokenizer is not None:
+            tokenizer.save(temporary / TOKENIZER)
+            names = tuple(sorted(path.name for path in (temporary / TOKENIZER).iterdir()))
+        kind = _optimizer_kind(optimizer)
+        manifest = Manifest(step, model_cfg, layout or {}, kind, state, names)
+        folders.write_manifest(temporary, manifest)
+        return folders.publish(run_dir, step, temporary, keep_last)
+
+    return _main_rank(finish)
+
+
+class _InProcessSave(SaveShardedStrategy):
+    """`torch_dist` written by this process, one file a rank.
+
+    megatron-core's own strategy hands the writing to spawned and forked processes even when it then waits for
+    them, which takes seconds for a checkpoint of any size. The files are the same.
+    """
+
+    can_handle_sharded_objects = True
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1)
+
+    def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
+        tensors, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+        dcp.save(
+            mcore_to_pyt_state_dict(tensors, False),
+            storage_writer=dcp.FileSystemWriter(checkpoint_dir, sync_files=True, thread_count=1),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        )
+
+
+# --- load
+
+
+def load_checkpoint(
+    path: str | Path,
+    chunks: Sequence[nn.Module],
+    optimizer: Any | None = None,
+    *,
+    leave_out: Collection[str] = (),
+) -> dict[str, Any]:
+    """Fill the model chunks, and the optimizer if given, from a phi4r checkpoint folder; returns the saved
+    `state`.
+
+    Collective. Any layout loads any checkpoint; values are cast to the dtype of the parameters. Without
+    `optimizer` only weights are read (a trainer then calls the optimizer's `reload_model_params`). Raises
+    UserError for a damaged folder, another model, or another kind of optimizer. leave_out: names from
+    `WORK_ROUNDS` to skip (tests only).
+    """
+    folder = Path(path)
+    manifest = _main_rank(lambda: read_manifest(folder))
+    _check_model(folder, manifest.model, chunks)
+    if optimizer is not None:
+        _check_optimizer(folder, manifest, optimizer)
+        if "fill_adam_state" not in leave_out:
+            fill_adam_state(optimizer)
+        if "set_states_without_step" not in leave_out:
+            set_states_without_step(optimizer)
+    location = str(folder / DIST)
+    strategy: Any = get_default_load_sharded_strategy(location)
+    group = mpu.get_data_parallel_group(with_context_parallel=True)
+    if group.size() > 1:
+        strategy = FullyParallelLoadStrategyWrapper(strategy, group)
+    tree = _sharded_state(chunks, optimizer, is_loading=True)
+    loaded = dist_checkpointing.load(tree, location, sharded_strategy=strategy)
+    for index, chunk in enumerate(chunks):
+        result = unwrap(chunk).load_state_dict(loaded[f"model{index}"], strict=False)
+        missing = [name for name in result.missing_keys if not name.endswith("._extra_state")]
+        assert not missing, f"not loaded: {missing}"
+        assert not result.unexpected_keys, f"left over: {result.unexpected_keys}"
+    if optimizer is not None:
+        optimizer.load_state_dict(loaded["optimizer"])
+        if "unshare_steps" not in leave_out:
+            unshare_steps(optimizer)
+    dist.barrier()
+    return manifest.state
+
+
+def _check_model(folder: Path, model: ModelConfig, chunks: Sequence[nn.Module]) -> None:
+    """UserError naming the first parameter whose size is not the checkpoint's.
+
+    megatron-core itself lets vocabularies of another size pass and fills the rest with zeros.
+    """
+    tp, tp_rank = mpu.get_tensor_model_parallel_world_size(), mpu.get_tensor_model_parallel_rank()
+    num_layers = unwrap(chunks[0]).get_submodule("decoder").config.num_layers  # type: ignore[union-attr]
+    if num_layers != model.num_layers:
+        raise UserError(f"{folder}: a model of {model.num_layers} layers, expected {num_layers}")
+    for weight, parameter in local_weights(chunks, model):
+        local = shard(weight, torch.empty(weight.shape, device="meta"), tp_rank, tp).shape
+        if local != parameter.shape:
+            raise UserError(
+                f"{folder}: {weight.hf} is {list(weight.shape)}, which at tp {tp} gives {list(local)}, "
+                f"but the model to fill has {list(parameter.shape)}"
+            )
+
+
+def _optimizer_kind(optimizer: Any | None) -> Any:
+    if optimizer is None:
+        return ""
+    return "distributed" if hasattr(_parts(optimizer)[0], "gbuf_ranges") else "plain"
+
+
+def _check_optimizer(folder: Path, manifest: Manifest, optimizer: Any) -> None:
+    kind = _optimizer_kind(optimizer)
+    if not manifest.optimizer:
+        raise UserError(
+            f"{folder}: holds weights only, so training cannot be resumed from it "
+            "(init.checkpoint can start from it)"
+        )
+    if manifest.optimizer != kind:
+        flag = {"distributed": "true", "plain": "false"}
+        raise UserError(
+            f"{folder}: saved with parallel.distributed_optimizer = {flag[manifest.optimizer]}, "
+            f"resumed with {flag[kind]}"
+        )
+
+
+# --- what is stored
+
+
+def _sharded_state(chunks: Sequence[nn.Module], optimizer: Any | None, *, is_loading: bool) -> dict[str, Any]:
+    metadata = {
+        # The other formats are tied to one layout, or dead in this version of megatron-core.
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True),
+    }
+    model = {
+        f"model{index}": {
+            # Layers without transformer-engine say that they have an extra state, and it is None.
+            name: entry
+            for name, entry in unwrap(chunk).sharded_state_dict(metadata=metadata).items()  # type: ignore[operator]
+            if not (isinstance(entry, ShardedObject) and entry.data is None)
+        }
+        for index, chunk in enumerate(chunks)
+    }
+    if optimizer is None:
+        return model
+    return model | {
+        "optimizer": optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+    }
+
+
+def _finish_param_gather(chunks: Sequence[nn.Module]) -> None:
+    """With overlapped gathering the optimizer's new weights reach the model only in the next forward pass:
+    fetch them.
+    """
+    for chunk in chunks:
+        if getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False):
+            chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
+
+
+# --- the three work-rounds (see WORK_ROUNDS)
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def fill_adam_state(optimizer: Any) -> None:
+    """Give every parameter of a fresh torch AdamW the state that its first step would make: zeros."""
+    for part in _parts(optimizer):
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                if not part.optimizer.state.get(parameter):
+                    part.optimizer.state[parameter] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(parameter.data),
+                        "exp_avg_sq": torch.zeros_like(parameter.data),
+                    }
+
+
+def set_states_without_step(optimizer: Any) -> None:
+    """Make the distributed optimizer copy the states that a checkpoint holds, and no others, outside
+    autograd.
+    """
+
+    @torch.no_grad()
+    def set_states(self: Any, model_parameter: Any, tensors: dict[str, torch.Tensor]) -> None:
+        group, order = self.model_param_group_index_map[model_parameter]
+        main = self.optimizer.param_groups[group]["params"][order]
+        state = self.optimizer.state[main]
+        for name, tensor in tensors.items():
+            (main if name == "param" else state[name]).copy_(tensor)
+
+    for part in _parts(optimizer):
+        if hasattr(part, "_set_main_param_and_optimizer_states"):
+            part._set_main_param_and_optimizer_states = MethodType(set_states, part)
+
+
+def unshare_steps(optimizer: Any) -> None:
+    """Give every parameter a `step` tensor of its own."""
+    for part in _parts(optimizer):
+        for state in part.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+
+# --- ranks
+
+
+def _main_rank(action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 and give its result, or raise its error, on every rank. No rank passes before it
+    is done.
+    """
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = action()
+        except (OSError, UserError) as error:
+            box[1] = error if type(error) is UserError else UserError(f"checkpoint: {error}")
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
