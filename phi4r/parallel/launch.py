@@ -25,7 +25,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -94,19 +94,27 @@ def find_target(target: str) -> Callable[..., Any]:
 
 def call_handler(payload: dict[str, Any]) -> Any:
     """Target of `run_handler`: call payload["handler"] with its decoded arguments."""
-    arguments = {name: decode(value) for name, value in payload["arguments"].items()}
-    return find_target(payload["handler"])(**arguments)
+    options = {name: decode(value) for name, value in payload["options"].items()}
+    return find_target(payload["handler"])(*map(decode, payload["arguments"]), **options)
 
 
 def run_handler(
-    handler: str, arguments: dict[str, Any], parallel: ParallelConfig, run_dir: Path | None = None
+    handler: str,
+    arguments: Sequence[Any],
+    parallel: ParallelConfig,
+    run_dir: Path | None = None,
+    **options: Any,
 ) -> Any:
-    """Run `handler(**arguments)` on all ranks of `parallel`; configurations and paths may be among the
-    arguments.
+    """Run `handler(*arguments, **options)` ("module:function") on all ranks of `parallel`.
 
-    Returns rank 0's result (JSON-able or None). Raises UserError or RankError.
+    Arguments are JSON-able values, paths, stage configurations and ParallelConfig. Returns rank 0's result (JSON-able
+    or None). Raises UserError or RankError.
     """
-    payload = {"handler": handler, "arguments": {name: encode(value) for name, value in arguments.items()}}
+    payload = {
+        "handler": handler,
+        "arguments": [encode(value) for value in arguments],
+        "options": {name: encode(value) for name, value in options.items()},
+    }
     target = f"{__name__}:call_handler"
     return run_ranks(target, payload, parallel.world_size, run_dir, parallel.timeout_s, parallel.threads)
 
@@ -288,12 +296,12 @@ class _LocalJob:
         pause_s = 0.02
         while True:
             codes = [rank.poll() for rank in self.ranks]
+            if self.stop_signal is not None:  # first: ranks that saved because of it end with code 0
+                self._stop_by_signal()
             if any(codes):
                 self._fail()
             if all(code == 0 for code in codes):
                 return
-            if self.stop_signal is not None:
-                self._stop_by_signal()
             if starting:
                 starting = {rank for rank in starting if not (self.folder / f"started_{rank}").exists()}
                 if starting and time.monotonic() > deadline:

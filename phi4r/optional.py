@@ -1,0 +1,88 @@
+"""The one place that finds optional packages and says how to install what is missing."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+from types import ModuleType
+from typing import NamedTuple
+
+from phi4r.errors import UserError
+
+
+class Optional(NamedTuple):
+    """A package phi4r can use but does not need."""
+
+    module: str
+    distribution: str
+    purpose: str
+    install: str
+
+
+TABLE: dict[str, Optional] = {
+    entry.module: entry
+    for entry in (
+        Optional(
+            "transformers", "transformers", "Hugging Face models as a check", "pip install transformers"
+        ),
+        Optional("wandb", "wandb", "log.wandb", "pip install 'phi4r[wandb]'"),
+        Optional("tensorboard", "tensorboard", "log.tensorboard", "pip install 'phi4r[tensorboard]'"),
+        Optional("triton", "triton", "GPU kernels (a later version)", "pip install 'phi4r[triton]'"),
+        Optional(
+            "flash_attn",
+            "flash-attn",
+            "GPU attention (a later version)",
+            "pip install 'phi4r[flash-attn]'",
+        ),
+        Optional(
+            "transformer_engine",
+            "transformer-engine",
+            "FP8 on GPUs (a later version)",
+            "pip install 'phi4r[te]'",
+        ),
+        Optional(
+            "nvidia.dali",
+            "nvidia-dali-cuda130",
+            "data loading (a later version)",
+            "pip install 'phi4r[dali]'",
+        ),
+        Optional(
+            "vllm",
+            "vllm",
+            "vLLM rollouts (a later version)",
+            "pip install 'phi4r[vllm]' (in an environment of its own)",
+        ),
+    )
+}
+"""Module name -> what it is for and how to get it. `phi4r doctor` prints this."""
+
+
+def available(name: str) -> bool:
+    """Whether the optional module can be found. It is not imported (its parent package is, for dotted
+    names)."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def version(name: str) -> str:
+    """The installed version of an optional package ("" where it is missing or does not say)."""
+    try:
+        return importlib.metadata.version(TABLE[name].distribution if name in TABLE else name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def require(name: str) -> ModuleType:
+    """Import an optional module; raises UserError with the install line where it is missing or broken."""
+    entry = TABLE[name]
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == name.split(".")[0]
+        what = "is not installed" if missing else f"cannot be imported ({error})"
+        raise UserError(
+            f"{entry.purpose} needs {entry.distribution}, which {what}: {entry.install}"
+        ) from error
