@@ -157,7 +157,7 @@ def read_hf_config(folder: str | Path) -> ModelConfig:
         rms_norm_eps=raw.get("rms_norm_eps", 1e-5),
         init_std=raw.get("initializer_range", 0.02),
         init_scheme="normal",
-        dtype=cast(Literal["fp32", "bf16"], ours or HFWeights(Path(folder)).dtype),
+        dtype=cast(Literal["fp32", "bf16"], ours) if ours else HFWeights(folder).dtype,
     )
 
 
@@ -269,7 +269,7 @@ class HFWeights:
                 if name in self.entries:
                     raise UserError(f"{path}: tensor {name} is also in {self.entries[name].file.name}")
                 self.entries[name] = entry
-        self.dtype = self._common_dtype()
+        self.dtype: Literal["fp32", "bf16"] = self._common_dtype()
 
     def _files(self) -> Iterator[tuple[Path, list[str] | None]]:
         index = self.folder / INDEX
@@ -287,7 +287,7 @@ class HFWeights:
                 raise UserError(f"{self.folder / name}: missing, but {INDEX} names it")
             yield self.folder / name, [tensor for tensor, file in weight_map.items() if file == name]
 
-    def _common_dtype(self) -> str:
+    def _common_dtype(self) -> Literal["fp32", "bf16"]:
         first = ""
         for name, entry in self.entries.items():
             if entry.dtype not in _DTYPES:
@@ -295,7 +295,7 @@ class HFWeights:
             first = first or entry.dtype
             if entry.dtype != first:
                 raise UserError(f"{entry.file}: tensor {name} is {entry.dtype}, but others are {first}")
-        return _DTYPES[first][2] if first else "fp32"
+        return "bf16" if first == "BF16" else "fp32"
 
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """UserError naming the first tensor that is missing, not expected, or of another shape."""

@@ -66,7 +66,7 @@ T = TypeVar("T")
 
 WORK_ROUNDS = {
     "fill_adam_state": "a fresh AdamW has no state, but DistributedOptimizer.state_dict wants a common step",
-    "set_states_without_step": "DistributedOptimizer copies states by name, and the loaded ones have no 'step'",
+    "set_states_without_step": "DistributedOptimizer copies states by name, and no 'step' is loaded",
     "unshare_steps": "all loaded parameters share one step tensor, so AdamW counts a step once per parameter",
 }
 
