@@ -66,7 +66,8 @@ class SFTDataReport:
             lines.append(f"data: {self.overlap:,} training examples ask a held-out question: left out")
         lines.append(
             f"data: {self.train_documents:,} documents, {self.train_tokens:,} tokens ({self.train_targets:,} "
-            f"targets) in {self.train_rows:,} rows, {self.efficiency:.1%} full; {self.heldout_documents:,} held out"
+            f"targets) in {self.train_rows:,} rows, {self.efficiency:.1%} full; "
+            f"{self.heldout_documents:,} held out"
         )
         return lines
 

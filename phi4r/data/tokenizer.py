@@ -54,8 +54,6 @@ class _Backend(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
-
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
@@ -86,9 +84,6 @@ class _HuggingFace:
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [item.ids for item in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
-
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
@@ -99,6 +94,8 @@ class _SentencePiece:
 
         names = {name for names in ROLE_NAMES.values() for name in names}
         try:
+            if not data:
+                raise ValueError("the file is empty")
             model = spm.as_control_symbols(data, names)
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, ValueError, IndexError) as error:
@@ -124,9 +121,6 @@ class _SentencePiece:
         for part in rest:
             ids += self._mark + self.encode(part)
         return ids
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._processor.decode(list(ids)))
@@ -196,11 +190,6 @@ class Tokenizer:
         """Ids of ordinary text. Never a special id, whatever the text says. Text must be valid Unicode (no
         surrogates)."""
         return self._backend.encode(text) if text else []
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of many texts (Hugging Face tokenizers use several threads, see
-        TOKENIZERS_PARALLELISM)."""
-        return self._backend.encode_batch(texts)
 
     def encode_trusted(self, text: str) -> list[int]:
         """Ids of text *we* wrote, in which special tokens are written out: "<|im_end|>" becomes its id.
