@@ -42,9 +42,9 @@ std::tuple<int64_t, int64_t, int64_t> ngram_repetition(Tokens tokens, int64_t ng
 
 NB_MODULE(_native, module) {
   module.doc() = "Native host code of phi4r: packing and n-gram statistics.";
-  module.def("pack_ffd", &pack_ffd, nb::arg("lengths"), nb::arg("capacity"),
+  module.def("pack_ffd", &pack_ffd, nb::arg("lengths").noconvert(), nb::arg("capacity"),
              "Bin of each item by first-fit-decreasing: int64[n], capacity -> int32[n].");
-  module.def("ngram_repetition", &ngram_repetition, nb::arg("tokens"), nb::arg("ngram"), nb::arg("threshold"),
+  module.def("ngram_repetition", &ngram_repetition, nb::arg("tokens").noconvert(), nb::arg("ngram"), nb::arg("threshold"),
              nb::arg("hash_bits") = 64,
              "(n-grams, distinct n-grams above threshold, largest count) of int32[n]. hash_bits < 64 weakens the hash, "
              "so that a test meets collisions.");

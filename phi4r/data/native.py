@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from importlib import import_module
 from types import ModuleType
 
 import numpy as np
@@ -19,10 +20,9 @@ def _find() -> tuple[ModuleType | None, str]:
     if os.environ.get("PHI4R_NATIVE", "1").lower() in ("0", "off", "false"):
         return None, "PHI4R_NATIVE=0 in the environment"
     try:
-        from phi4r_kernels import _native
+        return import_module("phi4r_kernels._native"), ""
     except ImportError as error:
         return None, f"the C++ module was not built at install time ({error})"
-    return _native, ""
 
 
 _NATIVE, _REASON = _find()

@@ -26,9 +26,7 @@ def write_phi4_like(folder: Path, think: tuple[str, str]) -> Path:
     """Writes tokenizer.json (byte-level BPE, 100,352 ids) and tokenizer_config.json; `think` names ids 100350
     and 100351."""
     bytes_in_order = sorted(pre_tokenizers.ByteLevel.alphabet())
-    by_id = {index: char for index, char in enumerate(bytes_in_order)} | {
-        i: word for word, i in WORDS.items()
-    }
+    by_id = dict(enumerate(bytes_in_order)) | {i: word for word, i in WORDS.items()}
     specials = {i: name for name, i in PHI4_IDS.items()} | {100350: think[0], 100351: think[1]}
     specials |= {i: f"<|dummy_{i - 100264}|>" for i in range(100267, 100349)}
     vocab = {by_id.get(index, f"\uffff{index}"): index for index in range(100256)}

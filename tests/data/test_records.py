@@ -139,7 +139,7 @@ def test_skipping_without_a_reject_file_is_not_possible(tmp_path: Path) -> None:
 
 def test_a_file_without_a_usable_row_is_an_error_and_its_rejects_are_there(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "rows.jsonl", {"text": "x"})
-    with pytest.raises(UserError, match="no usable rows .all 1 rejected"):
+    with pytest.raises(UserError, match=r"no usable rows \(all 1 rejected"):
         load_records(path, "skip", tmp_path / "rejects.jsonl")
     assert (tmp_path / "rejects.jsonl").exists()
 

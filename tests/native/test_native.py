@@ -140,7 +140,10 @@ def test_empty_and_short_input_has_an_answer() -> None:
 
 
 def backend_in_a_new_process(**env: str) -> str:
-    code = "from phi4r.data import native; print(native.backend(), bool(native.reason()), native.pack_ffd([3, 6], 8))"
+    code = (
+        "from phi4r.data import native as n\n"
+        "print(n.backend(), bool(n.reason()), n.pack_ffd([3, 6], 8).tolist())"
+    )
     command = [sys.executable, "-c", code]
     return subprocess.run(
         command, env=os.environ | env, capture_output=True, text=True, check=True
@@ -148,9 +151,9 @@ def backend_in_a_new_process(**env: str) -> str:
 
 
 def test_the_environment_forces_the_python_references() -> None:
-    assert backend_in_a_new_process(PHI4R_NATIVE="0") == "python True [1 0]"
+    assert backend_in_a_new_process(PHI4R_NATIVE="0") == "python True [1, 0]"
 
 
 @needs_native
 def test_the_cpp_module_is_used_when_it_is_there() -> None:
-    assert backend_in_a_new_process(PHI4R_NATIVE="1") == "native False [1 0]"
+    assert backend_in_a_new_process(PHI4R_NATIVE="1") == "native False [1, 0]"
