@@ -523,15 +523,30 @@ class CurateSettings:
     ngram: int = 13
     """Words in the n-grams of decontamination; shorter held-out problems are matched whole. Phi-4: a hybrid
     of 13 and 7."""
+    mask_numbers: bool = False
+    """Match held-out problems also with their numbers replaced; reported apart, never for pure arithmetic."""
+    max_problem_chars: int = 8192
+    """Problems with a longer text are removed."""
+    max_trace_chars: int = 131_072
+    """Problems with a longer trace are removed. The paper's traces: up to 32K tokens."""
+    num_heldout: int = 256
+    """Held-out problems to generate while `heldout_path` is empty."""
+    planted_defects: bool = True
+    """Give the generated raw pool the defects of real data (duplicates, leaks, wrong answers, bad rows)."""
     pass_rate_k: int = 8
     """Samples per problem behind its pass rate."""
     band_low: float = 0.1
     """Problems solved less often than this are too hard to teach anything."""
     band_high: float = 0.9
     """Problems solved more often than this are too easy."""
+    mixture: str = ""
+    """Epochs per cluster (task, or task/difficulty), as in "modchain/6=2, modchain=0.5" ("": one each)."""
 
     def __post_init__(self) -> None:
-        _at_least("curate", self, ngram=1, pass_rate_k=1)
+        _at_least(
+            "curate", self, ngram=1, pass_rate_k=1, num_heldout=0, max_problem_chars=1, max_trace_chars=1
+        )
+        _positive("curate", self, "dedup_threshold")
         _between("curate", self, 0, 1, "dedup_threshold", "band_low", "band_high")
         require(
             self.band_low <= self.band_high,
