@@ -26,7 +26,7 @@ from typing import NamedTuple, cast
 from phi4r.verify.extract import Extraction
 from phi4r.verify.strict import Outcome, SymbolicQuestion, Verdict, decide_quickly
 
-# A worker may be waiting for a core, so its deadline counts CPU time; on the wall it may take this many times longer.
+# A worker may be waiting for a core: its deadline counts CPU time; on the wall it has this many times more.
 WALL_FACTOR = 4.0
 # sympy's caches grow; a fresh worker now and then keeps its memory bounded.
 RECYCLE_AFTER = 2000
@@ -51,8 +51,9 @@ class VerifierUnavailableError(RuntimeError):
 
 @dataclass
 class _Task:
-    """One question on its way: `index` is its place in the caller's list."""
+    """One question on its way: `id` is never used twice, `index` is its place in the caller's list."""
 
+    id: int
     index: int
     question: SymbolicQuestion
     answer: str
@@ -72,12 +73,10 @@ class _Worker:
     """One worker process and the question it is at."""
 
     def __init__(self, timeout_s: float, memory_gib: float) -> None:
-        # Only what the interpreter needs: no tokens or keys of the caller reach a process that handles model output.
-        environment = {
-            name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ
-        }
-        environment |= {
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        # Only what the interpreter needs: no keys of the caller reach a process that handles model output.
+        kept = ("PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH")
+        environment = {name: os.environ[name] for name in kept if name in os.environ} | {
+            "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
         }
@@ -110,9 +109,7 @@ class _Worker:
 
     def give(self, task: _Task) -> bool:
         """Send a question; False if the worker has died."""
-        line = (
-            json.dumps({"id": task.index, "gold": task.question.gold, "answer": task.question.answer}) + "\n"
-        )
+        line = json.dumps({"id": task.id, "gold": task.question.gold, "answer": task.question.answer}) + "\n"
         assert self.process.stdin is not None
         self.started = time.monotonic()
         self._cpu_at_start = _cpu_seconds(self.pid) or 0.0
@@ -186,6 +183,7 @@ class VerifierPool:
         self.num_started = 0
         self.num_killed = 0
         self._start_failures = 0
+        self._next_id = 0
         self._workers: list[_Worker] = []
         self._closed = False
 
@@ -208,11 +206,12 @@ class VerifierPool:
         self._closed = True
 
     def warm(self) -> None:
-        """Start all workers and wait until they are ready: a second or two, paid before the first question."""
-        self._start_missing(self.num_workers)
+        """Start all workers and wait until they are ready: seconds, paid before the first question."""
         with self._selector() as selector:
+            self._start_missing(self.num_workers, selector)
             while not all(worker.ready for worker in self._workers):
                 self._wait(selector, lambda *_: None)
+                self._start_missing(self.num_workers, selector)
 
     def worker_pids(self) -> list[int]:
         """Process ids of the workers that are running."""
@@ -235,12 +234,16 @@ class VerifierPool:
             if isinstance(decided, Verdict):
                 verdicts[index] = decided
             else:
-                waiting.append(_Task(index, decided, _answer_of(found)))
+                self._next_id += 1
+                waiting.append(_Task(self._next_id, index, decided, _answer_of(found)))
         num_jobs = len(verdicts) + len(waiting)
         if on_done and verdicts:
             on_done(len(verdicts))
         if waiting:
-            self._run(waiting, verdicts, on_done)
+            try:
+                self._run(waiting, verdicts, on_done)
+            finally:
+                self._drop_busy()
         return [verdicts[index] for index in range(num_jobs)]
 
     def grade(self, gold: str, response: str) -> Verdict:
@@ -274,19 +277,24 @@ class VerifierPool:
                 if self._workers:
                     self._wait(selector, record)
 
+    def _drop_busy(self) -> None:
+        """After an interrupt: a worker that is still at a question must not answer it to the next caller."""
+        for worker in [worker for worker in self._workers if worker.task is not None]:
+            self._workers.remove(worker)
+            worker.kill()
+
     def _selector(self) -> selectors.DefaultSelector:
         selector = selectors.DefaultSelector()
         for worker in self._workers:
             selector.register(worker, selectors.EVENT_READ, worker)
         return selector
 
-    def _start_missing(self, number: int, selector: selectors.BaseSelector | None = None) -> None:
+    def _start_missing(self, number: int, selector: selectors.BaseSelector) -> None:
         while len(self._workers) < number:
             worker = _Worker(self.timeout_s, self.memory_gib)
             self.num_started += 1
             self._workers.append(worker)
-            if selector is not None:
-                selector.register(worker, selectors.EVENT_READ, worker)
+            selector.register(worker, selectors.EVENT_READ, worker)
 
     def _remove(self, worker: _Worker, selector: selectors.BaseSelector, *, kill: bool) -> None:
         selector.unregister(worker)
@@ -336,9 +344,8 @@ class VerifierPool:
                 worker.ready = True
                 self._start_failures = 0
                 continue
-            assert worker.task is not None and worker.task.index == reply["id"], (
-                "a reply answers its own question"
-            )
+            assert worker.task is not None
+            assert worker.task.id == reply["id"], "a reply answers its own question"
             task, worker.task = worker.task, None
             worker.num_done += 1
             record(
@@ -353,9 +360,9 @@ class VerifierPool:
         if self._start_failures >= MAX_START_FAILURES:
             self.close()
             raise VerifierUnavailableError(
-                f"a verification worker {what}, {self._start_failures} times in a row; is math-verify installed, and is "
-                f"{self.memory_gib:g} GiB enough? Try: {sys.executable} -m phi4r.verify.worker --memory-gib "
-                f"{self.memory_gib:g} --cpu-seconds 60"
+                f"a verification worker {what}, {self._start_failures} times; is math-verify installed, "
+                f"is {self.memory_gib:g} GiB enough? To see why: {sys.executable} -m phi4r.verify.worker "
+                f"--memory-gib {self.memory_gib:g} --cpu-seconds 60"
             )
 
 

@@ -9,8 +9,8 @@ this process.
                                                        significant digits may be the other's rounding
                                                        ("rounded")
 4. one of them is a plain word                      -> wrong     ("word"): words are equal as strings or not
-5. different number bases (`1010_2`, `1010_3`)      -> wrong     ("subscript")
-6. too long, too deep, too explosive to evaluate    -> error     ("too_complex"): not graded, so not "wrong"
+5. too long, too deep, too explosive to evaluate    -> error     ("too_complex"): not graded, so not "wrong"
+6. different number bases (`1010_2`, `1010_3`)      -> wrong     ("subscript")
 
 What is left needs `compare_symbolically` (math-verify, in a worker process): `("symbolic")` correct or
 wrong, with positives re-checked, because math-verify compares floating-point numbers at about 6 digits (it
@@ -20,6 +20,7 @@ not is an error of the data.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -33,9 +34,12 @@ OUTCOMES: tuple[Outcome, ...] = ("correct", "wrong", "no_answer", "timeout", "er
 # Above these a text is compared as a string only.
 MAX_SYMBOLIC_CHARS = 1000
 MAX_DIGITS = 400
-MAX_CARETS = 12
+MAX_CARETS = 24
 MAX_BRACES = 150
 MAX_PARENTHESES = 100
+MAX_POWER_DEPTH = 2
+# Of a numeric exponent that is itself a power, as in 9^{9^9}.
+MAX_LOG10_EXPONENT = 4.0
 
 # A decimal must show this many significant digits before it may stand for the exact number it rounds.
 MIN_ROUNDED_DIGITS = 6
@@ -98,7 +102,7 @@ def normalise(answer: str) -> str:
     text = answer.translate(_UNICODE).strip()
     if text.startswith("**") and text.endswith("**") and len(text) > 4:
         text = text[2:-2].strip()
-    text = text.strip("$").strip()
+    text = text.replace(r"\$", "").strip("$").strip()
     if _GROUPED_NUMBER.fullmatch(text.rstrip(".")):
         return _THOUSANDS.sub("", text.rstrip("."))
     text = _DROPPED.sub("", text).replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac")
@@ -153,23 +157,64 @@ def _is_rounding_of(decimal: str, exact: Fraction) -> bool:
 
 # --- deciding
 
-_STACKED_POWERS = re.compile(r"\^[^^]{0,40}\^[^^]{0,40}\^|\^\s*\{?\s*[\w(]*\s*\^|\*\*[^*]{1,20}\*\*")
-_STACKED_FACTORIALS = re.compile(r"!\s*[)}\]]*\s*!")
-_LONG_NUMBER = re.compile(rf"\d{{{MAX_DIGITS},}}")
-_BIG_NUMBER = re.compile(r"(\d{5,})\s*[)}]*\s*!|\^\s*\{?\s*-?\s*\(?\s*\d{5,}|\*\*\s*-?\(?\s*\d{5,}")
+_EXPLOSIVE = tuple(
+    re.compile(pattern)
+    for pattern in (
+        rf"\d{{{MAX_DIGITS},}}",  # a number nobody writes
+        r"\d{5,}\s*[)}\]]*\s*!",  # 99999!
+        r"!\s*[)}\]]*\s*!",  # (9!)!
+        r"\([^()]*\^[^()]*\)\s*!",  # (10^8)!
+        r"\^\s*[{(]?\s*-?\s*\(?\s*\d{5,}",  # 2^{99999}
+        r"\^\s*[{(][^{}]*!",  # 9^{9!}
+        r"\\[dt]?binom\s*\{[^{}]*(\^|\d{5,})",
+        r"\\(sum|prod)[^\\]*\^\s*\{?\s*\d{5,}",
+    )
+)
+_NUMERIC_POWER = re.compile(r"[\^]\s*[{(]*\s*(\d+)\s*\^\s*[{(]*\s*(\d+)")
 _SUBSCRIPT = re.compile(r"_\{?(\w+)\}?$")
+
+
+def _power_depth(text: str) -> int:
+    """How deep exponents are stacked: 1 for `x^2+y^2`, 2 for `e^{x^2}` and `9^9^9`."""
+    deepest = 0
+    groups: list[bool] = []  # one for each open brace or parenthesis: whether it opens an exponent
+    chain = 0  # stacked exponents without braces: the `^9^9` of `9^9^9`
+    after_caret = False
+    for symbol in text:
+        if symbol == "^":
+            chain += 1
+            deepest = max(deepest, sum(groups) + chain)
+            after_caret = True
+        elif symbol in "{(":
+            groups.append(after_caret)
+            after_caret, chain = False, 0
+        elif symbol in "})":
+            chain = 1 if groups and groups.pop() else 0
+            after_caret = False
+        elif not symbol.isspace():
+            if not after_caret and not symbol.isdigit():
+                chain = 0
+            after_caret = False
+    return deepest
 
 
 def is_too_complex(text: str) -> bool:
     """A quick look that refuses what could take for ever or fill the memory: length, depth, towers,
     factorials.
     """
-    return (
+    if (
         len(text) > MAX_SYMBOLIC_CHARS
         or text.count("^") > MAX_CARETS
         or text.count("{") > MAX_BRACES
         or text.count("(") > MAX_PARENTHESES
-        or any(p.search(text) for p in (_STACKED_POWERS, _STACKED_FACTORIALS, _LONG_NUMBER, _BIG_NUMBER))
+    ):
+        return True
+    text = text.replace("**", "^")
+    if _power_depth(text) > MAX_POWER_DEPTH or any(pattern.search(text) for pattern in _EXPLOSIVE):
+        return True
+    return any(
+        int(exponent[:9]) * math.log10(max(int(base[:9]), 1)) > MAX_LOG10_EXPONENT
+        for base, exponent in _NUMERIC_POWER.findall(text)
     )
 
 
@@ -193,11 +238,11 @@ def compare_quickly(gold: str, answer: str) -> tuple[Outcome, str] | SymbolicQue
         return "wrong", "rational"
     if _is_word(gold_text) or _is_word(answer_text):
         return "wrong", "word"
+    if is_too_complex(answer_text) or is_too_complex(gold_text):
+        return "error", "too_complex"
     gold_base, answer_base = _SUBSCRIPT.search(gold_text), _SUBSCRIPT.search(answer_text)
     if gold_base and answer_base and gold_base[1] != answer_base[1]:
         return "wrong", "subscript"
-    if is_too_complex(answer_text) or is_too_complex(gold_text):
-        return "error", "too_complex"
     return SymbolicQuestion(gold_text, answer_text)
 
 

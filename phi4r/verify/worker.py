@@ -5,8 +5,9 @@ A program of its own rather than a forked child, so that it inherits no threads,
 training process, and none of its memory; and rather than a pickle channel, so that no sympy object can ever
 travel: printing one may not return.
 
-    in   {"id": int, "gold": str, "answer": str}
-    out  {"ready": true} once warm, then {"id": int, "outcome": "correct"|"wrong"|"error", "method": str, "seconds": float}
+    in    {"id": int, "gold": str, "answer": str}
+    out   {"ready": true} once warm, then
+          {"id": int, "outcome": "correct"|"wrong"|"error", "method": str, "seconds": float}
 
 It ends at the end of its input. Its memory is limited before sympy is imported, and its CPU time per
 question a second time here, for the case that the parent died and nobody is left to kill it.
@@ -46,7 +47,9 @@ def _allow_cpu(seconds: float) -> None:
 
 
 def _parse(text: str) -> Any:
-    """The sympy expression for `text` as a whole, or None. Never a number picked out of something unparsable."""
+    """The sympy expression for `text` as a whole, or None. Never a number picked out of something
+    unparsable.
+    """
     from math_verify import LatexExtractionConfig, parse
 
     if "$" in text:
@@ -63,16 +66,15 @@ def _parse(text: str) -> Any:
 
 def _differs_exactly(gold: Any, answer: Any) -> bool:
     """Whether two exact numbers that math-verify took for equal (at its 15 digits) differ after all."""
-    import sympy
+    import sympy  # type: ignore[import-untyped]
 
     for side in (gold, answer):
-        if not getattr(side, "is_number", False) or side.has(sympy.Float):
+        # A percentage (an unevaluated product) is meant to equal both 50 and 0.5.
+        if not getattr(side, "is_number", False) or side.has(sympy.Float, sympy.UnevaluatedExpr):
             return False
-    difference = sympy.N(gold - answer, RATIO_DIGITS, maxn=400)
-    scale = sympy.N(gold, RATIO_DIGITS, maxn=400)
-    if not (difference.is_number and scale.is_number) or scale == 0:
-        return False
-    return bool(abs(difference) > RATIO_BOUND * abs(scale))
+    difference = abs(sympy.N(gold - answer, RATIO_DIGITS, maxn=400))
+    scale = abs(sympy.N(gold, RATIO_DIGITS, maxn=400)) + abs(sympy.N(answer, RATIO_DIGITS, maxn=400))
+    return bool(difference > RATIO_BOUND * scale)
 
 
 def compare_symbolically(question: SymbolicQuestion) -> tuple[Outcome, str]:

@@ -1,0 +1,75 @@
+"""Problems that can be generated and answers that can be checked: one object serves SFT traces, reward and
+evaluation.
+
+    base.py        `Task`, counter-based random streams
+    modchain.py    left-to-right arithmetic modulo 10 (the default)
+    addition.py    sums of several multi-digit numbers
+    countdown.py   reach a target with given numbers
+    math.py        any problem with a gold answer, checked by `phi4r.verify`
+
+A task knows nothing of tokenizers, models or files, and imports no torch. A problem depends on (seed,
+index) only, never on how many were generated before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from phi4r.errors import UserError
+from phi4r.tasks.addition import Addition
+from phi4r.tasks.base import Task
+from phi4r.tasks.countdown import Countdown
+from phi4r.tasks.math import Math
+from phi4r.tasks.modchain import ModChain
+
+if TYPE_CHECKING:
+    from phi4r.data.records import Problem
+    from phi4r.verify.pool import VerifierPool
+    from phi4r.verify.strict import Verdict
+
+_TASKS: dict[str, Task] = {
+    task.name: task for task in (ModChain(), ModChain(modulus=5), Addition(), Countdown(), Math())
+}
+
+
+def task_names() -> list[str]:
+    """Names that `get_task` knows."""
+    return list(_TASKS)
+
+
+def get_task(name: str) -> Task:
+    """The task of that name; "" is "math", as in a problem without a task of its own. UserError if there is
+    none.
+    """
+    try:
+        return _TASKS[name or "math"]
+    except KeyError:
+        raise UserError(f"there is no task {name!r}; known tasks: {', '.join(_TASKS)}") from None
+
+
+def alphabet() -> str:
+    """Every character that generated problems, traces and answers use, sorted: what a tokenizer for them
+    must know.
+    """
+    return "".join(sorted(set("".join(task.alphabet for task in _TASKS.values()))))
+
+
+def grade_responses(graded: Sequence[tuple[Problem, str]], pool: VerifierPool) -> list[Verdict]:
+    """Verdicts on (problem, whole response) pairs, in order.
+
+    Tasks with a checker of their own are settled in this process; the rest goes to `pool` in one batch.
+    Raises what `VerifierPool.map` raises.
+    """
+    verdicts: list[Verdict | None] = [
+        get_task(problem.task).grade(problem, response) for problem, response in graded
+    ]
+    open_places = [place for place, verdict in enumerate(verdicts) if verdict is None]
+    settled = (
+        pool.map([(graded[place][0].answer, graded[place][1]) for place in open_places])
+        if open_places
+        else []
+    )
+    for place, verdict in zip(open_places, settled, strict=True):
+        verdicts[place] = verdict
+    return [verdict for verdict in verdicts if verdict is not None]
