@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import phi4r
 from phi4r.configs.model_presets import PRESETS
 from phi4r.configs.schema import as_dict, closest, coerce, fields_of, from_text, sections_of, unknown
+from phi4r.configs.sections import ParallelConfig
 from phi4r.configs.stages import STAGES, StageConfig
 from phi4r.errors import ConfigError, UserError
 from phi4r.io import atomic_write_json
@@ -393,3 +394,47 @@ def from_tree(stage: str, tree: dict[str, Any]) -> StageConfig:
     """A stage's configuration from its complete tree (`as_dict`), as handed to the ranks of a job."""
     settings = _collect(tree, lambda _: "payload").get("", {})
     return _build(stage, [settings])[0]
+
+
+def load_parallel(overrides: Iterable[str]) -> ParallelConfig:
+    """The layout of a command that has no recipe: only `parallel.*` may be set."""
+    given = parse_overrides(overrides)
+    for owner, settings in given.items():
+        for section, key in settings:
+            if owner or section != "parallel":
+                dotted = _dotted(owner, section, key)
+                raise ConfigError(dotted, "this command takes only parallel.* settings", COMMAND_LINE)
+    try:
+        return ParallelConfig(**{key: setting.value for (_, key), setting in given.get("", {}).items()})
+    except ConfigError as error:
+        raise ConfigError(error.key, error.reason, COMMAND_LINE) from None
+
+
+def prepare_run_dir(config: StageConfig, run_dir: str | Path) -> list[str]:
+    """Write RUN_DIR/config.json and return what changed since the run that is there already
+    (`key: old -> new`).
+
+    Raises UserError if the folder holds a run of another stage, or something that is no run.
+    """
+    run_dir = Path(run_dir)
+    stage = next(name for name, cls in STAGES.items() if isinstance(config, cls))
+    path = run_dir / "config.json"
+    changes: list[str] = []
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"{run_dir}: expected a run folder, found a file")
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(before, dict) or before.get("stage") not in STAGES:
+            raise UserError(f"{path}: not the config.json of a run; choose another run folder")
+        if before["stage"] != stage:
+            raise UserError(
+                f"{run_dir}: holds a {before['stage']} run; choose another run folder for {stage}"
+            )
+        old, new = (dict(_leaves(tree)) for tree in (before["config"], as_dict(config)))
+        changes = [
+            f"{'.'.join(key)}: {old.get(key)!r} -> {value!r}"
+            for key, value in new.items()
+            if old.get(key) != value
+        ]
+    write_resolved(config, run_dir)
+    return changes

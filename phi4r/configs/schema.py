@@ -91,10 +91,15 @@ def docs_of(cls: type) -> dict[str, str]:
     return docs
 
 
+def _summary(cls: type) -> str:
+    """The first paragraph of a docstring, on one line."""
+    return " ".join((cls.__doc__ or "").strip().split("\n\n")[0].split())
+
+
 def reference(stage: type) -> list[tuple[str, str, list[Entry]]]:
     """Everything that can be set for a stage: (section, what it is, its entries), the stage's own values
     first."""
-    chapters = [("", (stage.__doc__ or "").strip(), stage)]
+    chapters = [("", _summary(stage), stage)]
     chapters += [
         (name, (cls.__doc__ or "").strip().split("\n")[0], cls) for name, cls in sections_of(stage).items()
     ]

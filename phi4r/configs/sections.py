@@ -77,8 +77,9 @@ class ModelConfig:
     models."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Compute and weight type. With bf16 the optimizer keeps fp32 master weights."""
-    attention_backend: Literal["auto", "reference", "sdpa", "triton", "flash_attn"] = "auto"
-    """Attention kernel; "auto" takes the fastest one that works on this machine (see `phi4r doctor`)."""
+    attention_backend: Literal["auto", "reference", "sdpa"] = "auto"
+    """Attention: "reference" is written out in fp32, "sdpa" is torch's; "auto" takes the faster (see
+    `phi4r doctor`)."""
 
     def __post_init__(self) -> None:
         names = ", ".join(PRESETS)
@@ -366,6 +367,8 @@ class RolloutConfig:
     """Sampling temperature (log-probs are taken at the same temperature)."""
     num_slots: int = 256
     """Sequences decoded at once; a finished one makes room for the next. Samples do not depend on it."""
+    row_tokens: int = 256
+    """Tokens in a packed row of the training pass (at least max_prompt_tokens + max_new_tokens is taken)."""
     top_p: float = 1.0
     """Nucleus sampling. RL needs 1.0: a filter would bias the probability ratio."""
     top_k: int = 0

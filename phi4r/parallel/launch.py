@@ -25,7 +25,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -103,17 +103,17 @@ def run_handler(
     arguments: Sequence[Any],
     parallel: ParallelConfig,
     run_dir: Path | None = None,
-    **options: Any,
+    options: Mapping[str, Any] | None = None,
 ) -> Any:
     """Run `handler(*arguments, **options)` ("module:function") on all ranks of `parallel`.
 
-    Arguments are JSON-able values, paths, stage configurations and ParallelConfig. Returns rank 0's result (JSON-able
-    or None). Raises UserError or RankError.
+    Arguments are JSON-able values, paths, stage configurations and ParallelConfig. Returns rank 0's result
+    (JSON-able or None). Raises UserError or RankError.
     """
     payload = {
         "handler": handler,
         "arguments": [encode(value) for value in arguments],
-        "options": {name: encode(value) for name, value in options.items()},
+        "options": {name: encode(value) for name, value in (options or {}).items()},
     }
     target = f"{__name__}:call_handler"
     return run_ranks(target, payload, parallel.world_size, run_dir, parallel.timeout_s, parallel.threads)
