@@ -1,19 +1,19 @@
 """Duplicates and near-duplicates among problems: the first one stays.
 
-Two problems are the same when their tokens are equal (spacing, case, LaTeX dress and punctuation aside). They are
-near-duplicates when all of these hold:
+Two problems are the same when their tokens are equal (spacing, case, LaTeX dress and punctuation aside).
+They are near-duplicates when all of these hold:
 
-- both have at least `MIN_WORDS` content words. Below that a text has no wording to vary: in "3*7+5-9%10?" every token is
-  the problem itself, so short and symbolic texts are compared exactly or not at all;
-- their quantities (numbers, number and comparison words, operators, variables) are equal and in the same order: two
-  word problems that differ in one number are two problems, however alike they read;
-- the Jaccard similarity of their word-bigram sets is at least the threshold. One changed word costs two bigrams, so a
-  text with S bigrams bears one changed word only if (S - 2) / (S + 2) >= threshold: at 0.8 from S = 18 on. The longer
-  the text, the more words may differ, without a second setting;
+- both have at least `MIN_WORDS` content words. Below that a text has no wording to vary: in "3*7+5-9%10?"
+  every token is the problem itself, so short and symbolic texts are compared exactly or not at all;
+- their quantities (numbers, number and comparison words, operators, variables) are equal and in the same
+  order: two word problems that differ in one number are two problems, however alike they read;
+- the Jaccard similarity of their word-bigram sets is at least the threshold. One changed word costs two
+  bigrams, so a text with S bigrams bears one changed word only if (S - 2) / (S + 2) >= threshold: at 0.8
+  from S = 18 on. The longer the text, the more words may differ, without a second setting;
 - their answers agree: equal quantities with another answer is another question.
 
-Candidates come from MinHash with banding, its bands salted with the hash of the quantities so that only texts with equal
-quantities can meet; every candidate is then verified with the exact Jaccard similarity.
+Candidates come from MinHash with banding, its bands salted with the hash of the quantities so that only
+texts with equal quantities can meet; every candidate is then verified with the exact Jaccard similarity.
 """
 
 from __future__ import annotations
@@ -44,11 +44,13 @@ def deduplicate(
     threshold: float = 0.8,
     same_answer: SameAnswer = same_answer_text,
 ) -> StageResult:
-    """Remove all but the first of each set of duplicates; reasons `duplicate`, `near_duplicate`, `conflicting_answers`.
+    """Remove all but the first of each set of duplicates; reasons `duplicate`, `near_duplicate`,
+    `conflicting_answers`.
 
-    `threshold` is the Jaccard similarity in (0, 1] from which texts are near-duplicates. An item is near-removed only for
-    a *kept* item that it was compared with, never through a chain of similar ones. Texts that are equal but whose
-    answers disagree are all removed: nothing says which of the answers is right.
+    `threshold` is the Jaccard similarity in (0, 1] from which texts are near-duplicates. An item is
+    near-removed only for a *kept* item that it was compared with, never through a chain of similar ones.
+    Texts that are equal but whose answers disagree are all removed: nothing says which of the answers is
+    right.
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold must be in (0, 1], got {threshold}")
@@ -95,7 +97,9 @@ def _exact_duplicates(
                 reason="duplicate" if agree else "conflicting_answers",
                 clash_id=problems[other].id,
                 clash_text=problems[other].problem,
-                detail={} if agree else {"answer": problems[index].answer, "other_answer": problems[other].answer},
+                detail={}
+                if agree
+                else {"answer": problems[index].answer, "other_answer": problems[other].answer},
             )
     return removed
 
@@ -108,10 +112,11 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def bands_for(threshold: float) -> tuple[int, int]:
-    """(bands, rows) with bands x rows = NUM_HASHES: the longest bands that still find a pair at the threshold.
+    """(bands, rows) with bands x rows = NUM_HASHES: the longest bands that still find a pair at the
+    threshold.
 
-    A pair of similarity s meets in some band with probability 1 - (1 - s^rows)^bands. Longer bands give fewer useless
-    candidates; the choice keeps that probability >= RECALL at s = threshold.
+    A pair of similarity s meets in some band with probability 1 - (1 - s^rows)^bands. Longer bands give
+    fewer useless candidates; the choice keeps that probability >= RECALL at s = threshold.
     """
     for rows in (32, 16, 8, 4, 2):
         if 1 - (1 - threshold**rows) ** (NUM_HASHES // rows) >= RECALL:
@@ -122,8 +127,8 @@ def bands_for(threshold: float) -> tuple[int, int]:
 def minhash(shingles: Sequence[np.ndarray], chunk: int = 2048) -> np.ndarray:
     """MinHash signatures, uint64[N, NUM_HASHES], of N non-empty arrays of shingle hashes.
 
-    Each of the NUM_HASHES permutations is a bijective mix of the shingle hash with a constant of its own; the number of
-    equal entries of two rows / NUM_HASHES estimates their Jaccard similarity without bias.
+    Each of the NUM_HASHES permutations is a bijective mix of the shingle hash with a constant of its own;
+    the number of equal entries of two rows / NUM_HASHES estimates their Jaccard similarity without bias.
     """
     constants = mix(np.arange(1, NUM_HASHES + 1, dtype=np.uint64) * np.uint64(0xD1B54A32D192ED03))
     signatures = np.empty((len(shingles), NUM_HASHES), np.uint64)
@@ -144,9 +149,10 @@ def near_duplicates(
 ) -> dict[int, tuple[int, float]]:
     """Greedy near-duplicates: later position -> (earlier kept position, Jaccard similarity).
 
-    `shingles` are N arrays of sorted distinct hashes, `salts` uint64[N]: items with different salts never meet. Items are
-    taken in order and compared with those kept so far that share a band, so a large cluster costs one comparison an
-    item; `same(later, earlier)` has the last word on a pair at or above the threshold.
+    `shingles` are N arrays of sorted distinct hashes, `salts` uint64[N]: items with different salts never
+    meet. Items are taken in order and compared with those kept so far that share a band, so a large cluster
+    costs one comparison an item; `same(later, earlier)` has the last word on a pair at or above the
+    threshold.
     """
     filled = np.array([i for i, item in enumerate(shingles) if item.size], np.int64)
     if filled.size < 2:
@@ -156,9 +162,14 @@ def near_duplicates(
     kept_in: dict[int, list[int]] = {}
     found: dict[int, tuple[int, float]] = {}
     for row, buckets in _shared_buckets(signatures, salts[filled], threshold):
-        candidates = np.array(sorted({other for bucket in buckets for other in kept_in.get(bucket, ())}), np.int64)
-        # An estimate more than five standard deviations below the threshold rules a pair out without its shingles.
-        estimates = (signatures[candidates] == signatures[row]).mean(axis=1) if candidates.size else np.zeros(0)
+        candidates = np.array(
+            sorted({other for bucket in buckets for other in kept_in.get(bucket, ())}), np.int64
+        )
+        # An estimate more than five standard deviations below the threshold rules a pair out without its
+        # shingles.
+        estimates = (
+            (signatures[candidates] == signatures[row]).mean(axis=1) if candidates.size else np.zeros(0)
+        )
         later = int(filled[row])
         for other in candidates[estimates >= threshold - spread]:
             earlier = int(filled[other])

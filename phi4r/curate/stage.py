@@ -12,9 +12,11 @@ from phi4r.data.records import Problem
 
 @dataclass(frozen=True, kw_only=True)
 class Removed:
-    """One removed item. `problem` is the item itself; `clash_id` and `clash_text` are what it clashed with ("": nothing).
+    """One removed item. `problem` is the item itself; `clash_id` and `clash_text` are what it clashed with
+    ("": nothing).
 
-    `detail` adds what a reader needs to judge the removal: the overlap, the pass rate, the answer that was expected.
+    `detail` adds what a reader needs to judge the removal: the overlap, the pass rate, the answer that was
+    expected.
     """
 
     problem: Problem
@@ -49,7 +51,8 @@ class StageResult:
 def split(
     name: str, problems: Sequence[Problem], removed: dict[int, Removed], notes: dict[str, Any] | None = None
 ) -> StageResult:
-    """A result from the removals by input index: everything else is kept, so nothing can be lost between the two."""
+    """A result from the removals by input index: everything else is kept, so nothing can be lost between
+    the two."""
     kept = [problem for index, problem in enumerate(problems) if index not in removed]
     return StageResult(
         name=name, kept=kept, removed=[removed[index] for index in sorted(removed)], notes=notes or {}

@@ -1,7 +1,7 @@
 """What makes two problem texts the same: tokens, the quantities among them, and stable hashes.
 
-Every comparison in curation (exact, near, n-gram) goes through `analyse`, so "3 * 7" and "3*7", "5 apples" and
-"five apples", `\\frac{1}{2}` and "1/2" are the same everywhere, and "3*7+5-9" and "3*7+5-8" nowhere.
+Every comparison in curation (exact, near, n-gram) goes through `analyse`, so "3 * 7" and "3*7", "5 apples"
+and "five apples", `\\frac{1}{2}` and "1/2" are the same everywhere, and "3*7+5-9" and "3*7+5-8" nowhere.
 """
 
 from __future__ import annotations
@@ -16,16 +16,20 @@ import numpy as np
 
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
-_SYMBOLS = str.maketrans(
-    {"×": "*", "·": "*", "⋅": "*", "∗": "*", "÷": "/", "⁄": "/", "−": "-", "–": "-", "—": "-", "’": "'", "≤": "<", "≥": ">"}
-)
+_SYMBOLS = str.maketrans("×·⋅∗÷⁄−–—’≤≥", "****//---'<>")
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 _LATEX_SYMBOLS = {
     "cdot": "*", "times": "*", "ast": "*", "div": "/", "le": "<", "leq": "<", "ge": ">", "geq": ">",
     "mod": "%", "bmod": "%", "pmod": "%", "lbrace": "", "rbrace": "",
 }  # fmt: skip
-_LATEX_LAYOUT = frozenset(
-    "left right big Big bigg Bigg bigl bigr quad qquad displaystyle textstyle text mathrm mathbf mathit textbf "
-    "textit operatorname mathcal boxed limits nolimits".split()
+_LATEX_LAYOUT = _words(
+    "left right big Big bigg Bigg bigl bigr quad qquad displaystyle textstyle text mathrm mathbf "
+    "mathit textbf textit operatorname mathcal boxed limits nolimits"
 )
 _FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
 _LATEX_COMMAND = re.compile(r"\\([A-Za-z]+)\*?")
@@ -33,27 +37,30 @@ _THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
 _TOKEN = re.compile(r"\d+(?:\.\d+)?|(?<![\w.])\.\d+|[^\W\d_]+(?:'[^\W\d_]+)?|[^\w\s]|_")
 
 _DROPPED_PUNCTUATION = frozenset(".,;:?'\"`$&#@~\\{}“”‘…•")
-_NUMBER_WORDS = {
-    word: str(value)
-    for value, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-        "seventeen eighteen nineteen".split()
-    )
-    if word != "one"  # "one" is a pronoun too often to read it as a number
-} | dict(zip("twenty thirty forty fifty sixty seventy eighty ninety".split(), map(str, range(20, 100, 10)), strict=True))
-# Words that decide the answer as a number does: two problems that differ in one of them are different problems.
-_QUANTITY_WORDS = frozenset(
-    "hundred thousand million billion dozen half halves third thirds quarter quarters fifth tenth once twice thrice "
-    "double doubled triple tripled more less fewer least most minimum maximum smallest largest greatest "
-    "before after increase increased decrease decreased add subtract plus minus times divided percent "
-    "sum difference product quotient remainder first second last even odd not no without except each every per "
-    "morning day days week weeks month months year years hour hours minute minutes".split()
+_NUMBER_WORDS = {  # without "one", a pronoun too often to read it as a number
+    "zero": "0", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8",
+    "nine": "9", "ten": "10", "eleven": "11", "twelve": "12", "thirteen": "13", "fourteen": "14",
+    "fifteen": "15", "sixteen": "16", "seventeen": "17", "eighteen": "18", "nineteen": "19", "twenty": "20",
+    "thirty": "30", "forty": "40", "fifty": "50", "sixty": "60", "seventy": "70", "eighty": "80",
+    "ninety": "90",
+}  # fmt: skip
+# Words that decide the answer as a number does: two problems that differ in one of them are different
+# problems.
+_QUANTITY_WORDS = _words(
+    "hundred thousand million billion dozen half halves third thirds quarter quarters fifth tenth "
+    "once twice thrice double doubled triple tripled more less fewer least most minimum maximum "
+    "smallest largest greatest before after increase increased decrease decreased add subtract plus "
+    "minus times divided percent sum difference product quotient remainder first second last even odd "
+    "not no without except each every per morning day days week weeks month months year years hour "
+    "hours minute minutes"
 )
-_FUNCTION_WORDS = frozenset("sin cos tan cot sec csc log ln exp sqrt pi min max gcd lcm floor ceil det deg theta".split())
+_FUNCTION_WORDS = _words(
+    "sin cos tan cot sec csc log ln exp sqrt pi min max gcd lcm floor ceil det deg theta"
+)
 # Lead-ins that carry no content: "Compute 3*7" and "What is 3*7" ask the same.
-_FILLER_WORDS = frozenset(
-    "what is are the value of compute calculate evaluate find determine solve simplify please answer problem question "
-    "result give me let express".split()
+_FILLER_WORDS = _words(
+    "what is are the value of compute calculate evaluate find determine solve simplify please answer "
+    "problem question result give me let express"
 )
 
 
@@ -61,9 +68,9 @@ _FILLER_WORDS = frozenset(
 class Text:
     """One analysed problem text.
 
-    `tokens` are words, numbers and mathematical symbols in order; `quantities` is the ordered sub-sequence of those that
-    decide the answer (numbers, number words, comparison words, operators, single-letter variables); `num_words` counts
-    content words.
+    `tokens` are words, numbers and mathematical symbols in order; `quantities` is the ordered sub-sequence
+    of those that decide the answer (numbers, number words, comparison words, operators, single-letter
+    variables); `num_words` counts content words.
     """
 
     tokens: tuple[str, ...]
@@ -192,9 +199,8 @@ def _keep_mathematics(tokens: list[str]) -> list[str]:
         elif token == ")":
             if not (kept_brackets.pop() if kept_brackets else True):
                 continue
-        elif token == "-":
-            if is_word(following) or not following:  # "a 5-mile run", "2 apples - and"; but "of -3", "x-sin"
-                continue
+        elif token == "-" and (is_word(following) or not following):
+            continue  # "a 5-mile run", "2 apples - and"; but "of -3", "x-sin(y)"
         out.append(token)
     return out
 
