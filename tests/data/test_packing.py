@@ -49,7 +49,7 @@ def test_every_token_appears_once_and_every_row_is_consistent(case: tuple[int, l
             index = int(row.doc_index[start])
             assert (row.doc_index[start:stop] == index).all()
             assert row.position_ids[start:stop].tolist() == list(range(stop - start))
-            assert row.loss_mask[stop - 1] == 0
+            assert (row.loss_mask[stop - 1], row.labels[stop - 1]) == (0, PAD)
             if index < 0:
                 assert number == len(spans) - 1
                 assert (row.input_ids[start:stop] == PAD).all()

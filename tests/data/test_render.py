@@ -23,7 +23,7 @@ from phi4r.data.tokenizer import Tokenizer
 from phi4r.errors import UserError
 
 BUILTIN = Tokenizer.builtin()
-SYSTEMS = ["none", "reasoning", 'It\'s "quoted"\\\n{{ not jinja }} é🙂']
+SYSTEMS = ["none", "reasoning", 'It\'s "quoted"\\\r\n{{ not jinja }} é🙂']
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 hostile = st.lists(
     st.one_of(text, st.sampled_from(["<|im_end|>", "<|im_start|>", "<think>", "</think>"]))
