@@ -5,7 +5,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -204,38 +204,43 @@ class ProblemLike(Protocol):
     def answer(self) -> str: ...
 
 
-P = TypeVar("P", bound=ProblemLike)
+class SampleLike(Protocol):
+    """What evaluation needs to know of one response; the rollout engines' samples fit."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def finished(self) -> bool: ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """One response as a sampler returns it."""
-
-    text: str
-    num_tokens: int
-    finished: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
+class VerdictLike(Protocol):
     """What a checker says of one response: one of OUTCOMES, and the normalised answer where one was found."""
 
-    outcome: str
-    answer: str | None
+    @property
+    def outcome(self) -> str: ...
+    @property
+    def answer(self) -> str | None: ...
+
+
+P = TypeVar("P", bound=ProblemLike)
+S = TypeVar("S", bound=SampleLike)
 
 
 def evaluate_samples(
     problems: Sequence[P],
-    samples_by_run: Sequence[Sequence[Sample]],
-    check: Callable[[P, Sample], Verdict],
+    samples_by_run: Sequence[Sequence[S]],
+    check: Callable[[Sequence[P], Sequence[S]], Sequence[VerdictLike]],
     *,
     seeds: Sequence[int] | None = None,
     keep_text: bool = True,
 ) -> Results:
     """Check every sample and collect the records: `samples_by_run[r][q]` answers `problems[q]` in run r.
 
-    `check` is the same object that serves the reward; `seeds[r]` is run r's seed (default: r). ValueError
-    when a run has another number of samples than there are problems. With `keep_text=False` response texts
+    `check(problems, samples)` grades one run at a time, so that a pool of workers can share it; it should be
+    the checker that serves the reward. `seeds[r]` is run r's seed (default: r). ValueError when a run has
+    another number of samples, or of verdicts, than there are problems. With `keep_text=False` response texts
     are not kept.
     """
     run_seeds = list(range(len(samples_by_run))) if seeds is None else list(seeds)
@@ -245,8 +250,10 @@ def evaluate_samples(
     for run, samples in enumerate(samples_by_run):
         if len(samples) != len(problems):
             raise ValueError(f"run {run} has {len(samples)} samples for {len(problems)} problems")
-        for problem, sample in zip(problems, samples, strict=True):
-            verdict = check(problem, sample)
+        verdicts = check(problems, samples)
+        if len(verdicts) != len(problems):
+            raise ValueError(f"run {run} has {len(verdicts)} verdicts for {len(problems)} problems")
+        for problem, sample, verdict in zip(problems, samples, verdicts, strict=True):
             records.append(
                 Record(
                     problem_id=problem.id,
@@ -380,8 +387,8 @@ def compare(before: Results, after: Results, settings: SummarySettings | None = 
     if in_one_only:
         num_problems = len(set(before.problem_ids) | set(after.problem_ids))
         raise UserError(
-            f"the two evaluations are not of the same problems: {len(in_one_only)} of {num_problems} "
-            f"are in one only, such as {in_one_only[0]!r}"
+            f"the two evaluations are not of the same problems: {len(in_one_only)} of {num_problems} are in "
+            f"one only, such as {in_one_only[0]!r}"
         )
     after = after.select(before.problem_ids)
     options: dict[str, Any] = {"num_resamples": settings.bootstrap, "confidence": settings.confidence}
@@ -420,7 +427,7 @@ def compare(before: Results, after: Results, settings: SummarySettings | None = 
 # --- console
 
 
-def summary_table(summaries: dict[str, dict[str, Any]], gain: dict[str, Any] | None = None) -> Table:
+def summary_table(summaries: Mapping[str, Mapping[str, Any]], gain: Mapping[str, Any] | None = None) -> Table:
     """A rich table of summaries by stage name, in the given order, with the paired gain as its caption."""
     first = next(iter(summaries.values()))
     num_runs = {summary["k"] for summary in summaries.values()}
@@ -460,13 +467,13 @@ def interval_text(ci95: Sequence[float]) -> str:
     return f"{100 * ci95[0]:.1f}\u2013{100 * ci95[1]:.1f}%"
 
 
-def gain_text(gain: dict[str, Any]) -> str:
+def gain_text(gain: Mapping[str, Any]) -> str:
     """The gain in percentage points with its interval: `+42.5 points (95% CI +40.1 to +44.8)`."""
     low, high = gain["ci95"]
     return f"{100 * gain['mean']:+.1f} points (95% CI {100 * low:+.1f} to {100 * high:+.1f})"
 
 
-def p_value_text(gain: dict[str, Any]) -> str:
+def p_value_text(gain: Mapping[str, Any]) -> str:
     """The permutation p-value: `= 0.031`, or `< 0.001`."""
     value = gain["permutation_p_value"]
     return "< 0.001" if value < 0.001 else f"= {value:.3f}"

@@ -1,6 +1,7 @@
 """Result files: what is written is read back, bad lines are named, summaries equal hand counts."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -13,9 +14,7 @@ from phi4r.evaluate import results as module
 from phi4r.evaluate.results import (
     Record,
     Results,
-    Sample,
     SummarySettings,
-    Verdict,
     compare,
     evaluate_samples,
     read_results,
@@ -137,37 +136,50 @@ class Sum:
     difficulty: float = 2.0
 
 
+@dataclass(frozen=True)
+class Sample:
+    text: str
+    num_tokens: int
+    finished: bool = True
+
+
+@dataclass(frozen=True)
+class Verdict:
+    outcome: str
+    answer: str | None
+
+
 def check_sum(problem: Sum, sample: Sample) -> Verdict:
     _, found, answer = sample.text.rpartition("</think>")
     if not found:
-        return Verdict(outcome="no_answer", answer=None)
-    return Verdict(outcome="correct" if answer == problem.answer else "wrong", answer=answer)
+        return Verdict("no_answer", None)
+    return Verdict("correct" if answer == problem.answer else "wrong", answer)
+
+
+def check_sums(problems: Sequence[Sum], samples: Sequence[Sample]) -> list[Verdict]:
+    return [check_sum(problem, sample) for problem, sample in zip(problems, samples)]
 
 
 def test_samples_become_records_with_their_run_seed_and_verdict():
     problems = [Sum("x", "1+1?", "2"), Sum("y", "2+2?", "4")]
     runs = [
-        [
-            Sample(text="<think></think>2", num_tokens=4, finished=True),
-            Sample(text="5", num_tokens=1, finished=True),
-        ],
-        [
-            Sample(text="<think></think>3", num_tokens=4, finished=True),
-            Sample(text="<think>2+2", num_tokens=9, finished=False),
-        ],
+        [Sample("<think></think>2", 4), Sample("5", 1)],
+        [Sample("<think></think>3", 4), Sample("<think>2+2", 9, finished=False)],
     ]
-    results = evaluate_samples(problems, runs, check_sum, seeds=[11, 12])
+    results = evaluate_samples(problems, runs, check_sums, seeds=[11, 12])
     assert results.correct.tolist() == [[True, False], [False, False]]
     assert results.answers == [["2", "3"], [None, None]]
     assert results.seeds == [11, 12]
     row = results.record("y", 1)
     assert (row.outcome, row.finished, row.gold, row.difficulty) == ("no_answer", False, "4", 2.0)
     assert row.text == "<think>2+2"
-    assert evaluate_samples(problems, runs, check_sum, keep_text=False).record("x", 0).text is None
+    assert evaluate_samples(problems, runs, check_sums, keep_text=False).record("x", 0).text is None
     with pytest.raises(ValueError, match="run 1 has 1 samples for 2 problems"):
-        evaluate_samples(problems, [runs[0], runs[1][:1]], check_sum)
+        evaluate_samples(problems, [runs[0], runs[1][:1]], check_sums)
+    with pytest.raises(ValueError, match="run 0 has 1 verdicts for 2 problems"):
+        evaluate_samples(problems, runs, lambda rows, samples: check_sums(rows, samples)[:1])
     with pytest.raises(ValueError, match="1 seeds for 2 runs"):
-        evaluate_samples(problems, runs, check_sum, seeds=[1])
+        evaluate_samples(problems, runs, check_sums, seeds=[1])
 
 
 # --- summaries
