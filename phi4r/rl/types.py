@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from phi4r.data.records import Problem
+from phi4r.data.tokenizer import Tokenizer
 from phi4r.rl.rewards import RewardParts
 from phi4r.verify.strict import Verdict
 
@@ -55,24 +56,24 @@ class Trajectory:
     reward: RewardParts
     advantage: float
 
-    def record(self, step: int, prompt_text: str) -> dict[str, Any]:
-        """One line of a rollout file: plain JSON values, no token ids."""
+    def record(self, step: int, tokenizer: Tokenizer) -> dict[str, Any]:
+        """One line of a rollout file (`rl.rollout_log`): plain JSON values."""
+        sample, reward = self.sample, self.reward.as_dict()
         return {
             "step": step,
-            "prompt_index": self.sample.prompt_index,
-            "sample_index": self.sample.sample_index,
+            "prompt_index": sample.prompt_index,
+            "sample_index": sample.sample_index,
             "problem_id": self.problem.id,
-            "task": self.problem.task,
-            "prompt": prompt_text,
-            "gold": self.problem.answer,
-            "response": self.sample.text,
-            "finished": self.sample.finished,
-            "num_tokens": self.sample.num_tokens,
+            "prompt": tokenizer.decode(sample.prompt_tokens.tolist()),
+            "text": sample.text,
+            "tokens": sample.tokens.tolist(),
+            "num_tokens": sample.num_tokens,
+            "finished": sample.finished,
             "outcome": self.verdict.outcome,
             "answer": self.verdict.answer or "",
-            "method": self.verdict.method,
-            "verify_seconds": self.verdict.seconds,
-            "reward": self.reward.as_dict(),
+            "gold": self.problem.answer,
+            "reward": reward.pop("total"),
+            "reward_parts": reward,
             "advantage": self.advantage,
-            "mean_logprob": float(np.mean(self.sample.logprobs)) if self.sample.num_tokens else 0.0,
+            "rollout_logprob_mean": float(np.mean(sample.logprobs)) if sample.num_tokens else 0.0,
         }

@@ -1,0 +1,186 @@
+"""GRPO on verifiable problems (reference section 4): the loop that made Phi-4-reasoning-plus.
+
+    draw prompts -> roll out group_size samples -> verify and reward -> advantages -> reference log-probs
+    -> packed rows -> one or more optimizer steps -> log
+
+Rollouts come from the trainer's own weights, so nothing has to be synchronised. With one update per rollout the policy that
+is trained is the policy that sampled, the ratio is 1 by definition, and no pass for old log-probs is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from phi4r.configs.stages import RLConfig
+from phi4r.console import say
+from phi4r.data.order import epoch_order, items_of_step
+from phi4r.data.packing import Document, PackedRow, pack, unpack
+from phi4r.data.records import Problem
+from phi4r.data.render import render_prompt
+from phi4r.data.tokenizer import Tokenizer
+from phi4r.parallel.layout import broadcast_object, distributed_session, init_layout
+from phi4r.rl.advantages import Advantages
+from phi4r.rl.batch import grpo_loss, response_documents, with_extra
+from phi4r.rl.grade import grade, to_samples, to_trajectories
+from phi4r.rl.problems import load_run_problems
+from phi4r.rl.rollout import EmbeddedEngine, SampleRequest, SamplingOptions
+from phi4r.rl.rollout_log import write_rollouts
+from phi4r.rl.types import Trajectory
+from phi4r.train.engine import Engine, StepResult
+from phi4r.train.loop import open_loop
+from phi4r.train.schedule import learning_rate
+from phi4r.train.session import claim_run_dir, open_frozen, open_tokenizer, resolve_model
+from phi4r.verify.pool import VerifierPool
+
+# Separate the uses of a run's seed: drawing prompts, sampling, dealing documents to updates.
+PROMPT_STREAM, SAMPLE_STREAM, UPDATE_STREAM = 21, 22, 23
+
+
+def main(cfg: RLConfig, run_dir: Path) -> None:
+    """Train, on every rank of the job; the same call with the same run folder resumes."""
+    with distributed_session():
+        layout = init_layout(cfg.parallel, cfg.seed)
+        claim_run_dir(cfg, "rl", run_dir, layout)
+        tokenizer = open_tokenizer(cfg.tokenizer, cfg.init.checkpoint)
+        model = resolve_model(cfg.model, tokenizer, cfg.init.checkpoint)
+        problems, prompts = load_run_problems(cfg.problems, cfg.rollout, tokenizer, cfg.seed, run_dir, layout)
+        policy = Engine(model, cfg.parallel, layout, cfg.train, cfg.optimizer)
+        reference = open_frozen(policy, cfg.parallel, cfg.init, cfg.seed)
+        sampler = EmbeddedEngine(policy, tokenizer.eos_ids, cfg.rollout.num_slots)
+        say(f"rl: {model.num_parameters:,} parameters on {layout.world_size} rank(s), {len(problems):,} problems")
+        with (
+            VerifierPool(cfg.reward.verifier_workers, cfg.reward.verifier_timeout_s) as verifier,
+            open_loop(cfg, run_dir, policy, tokenizer, "rl") as loop,
+        ):
+            for step in loop.steps():
+                loop.begin_step()
+                drawn = items_of_step(len(problems), cfg.seed, PROMPT_STREAM, step, cfg.rollout.prompts_per_step)
+                trajectories, groups = roll_out(
+                    cfg, sampler, verifier, tokenizer, [problems[i] for i in drawn], [prompts[i] for i in drawn], step
+                )
+                if layout.is_main:
+                    write_rollouts(run_dir, step + 1, (t.record(step + 1, tokenizer) for t in trajectories))
+                metrics = rollout_metrics(trajectories, groups)
+                if groups.informative_share >= cfg.objective.min_informative:
+                    metrics |= update(cfg, policy, reference, trajectories, step, loop.check_finite)
+                else:
+                    metrics |= {"lr": 0.0, "skipped": 1}
+                shown = {k: metrics[k] for k in ("reward", "accuracy", "response_length", "loss") if k in metrics}
+                loop.finish_step(step, metrics, shown, sum(t.sample.num_tokens for t in trajectories))
+
+
+def roll_out(
+    cfg: RLConfig,
+    sampler: EmbeddedEngine,
+    verifier: VerifierPool,
+    tokenizer: Tokenizer,
+    problems: Sequence[Problem],
+    prompts: Sequence[tuple[int, ...]],
+    step: int,
+) -> tuple[list[Trajectory], Advantages]:
+    """`group_size` verified and rewarded samples per problem. Rank 0 verifies; every rank gets the same trajectories."""
+    size = cfg.rollout.group_size
+    requests = [
+        SampleRequest(prompt, (cfg.seed, SAMPLE_STREAM, step, index, sample))
+        for index, prompt in enumerate(prompts)
+        for sample in range(size)
+    ]
+    options = SamplingOptions(cfg.rollout.max_new_tokens, cfg.rollout.temperature)
+    samples = to_samples(sampler.generate(requests, options), prompts, size, tokenizer)
+    graded = None
+    if sampler.layout.is_main:
+        graded = grade(samples, problems, cfg.reward.resolved(cfg.rollout.max_new_tokens), verifier)
+    verdicts, rewards = broadcast_object(graded)
+    return to_trajectories(samples, problems, verdicts, rewards, size, cfg.objective)
+
+
+def update(
+    cfg: RLConfig, policy: Engine, reference: Engine, trajectories: Sequence[Trajectory], step: int, check: Any
+) -> dict[str, Any]:
+    """The optimizer steps on one set of trajectories; returns their metrics (means over the updates)."""
+    objective, temperature = cfg.objective, cfg.rollout.temperature
+    constant = cfg.reward.resolved(cfg.rollout.max_new_tokens).max_tokens
+    documents = response_documents(
+        [t.sample for t in trajectories], [t.advantage for t in trajectories], objective.normalization, constant
+    )
+    length = row_length(cfg, documents)
+    documents = add_logprobs(documents, "ref_logprobs", reference, length, temperature)
+    num_updates = objective.updates_per_rollout
+    on_policy = num_updates == 1
+    if not on_policy:
+        documents = add_logprobs(documents, "old_logprobs", policy, length, temperature)
+    loss = grpo_loss(objective, on_policy=on_policy)
+    lr = learning_rate(cfg.optimizer, step, cfg.train.num_steps)
+    results = []
+    for part in deal(documents, num_updates, cfg.seed, step):
+        result = policy.train_step(pack(part, length), loss, lr, temperature=temperature, with_entropy=True)
+        check(step, result)
+        results.append(result)
+    return {**update_metrics(results), "lr": lr}
+
+
+def deal(documents: Sequence[Document], num_updates: int, seed: int, step: int) -> list[list[Document]]:
+    """The documents in `num_updates` parts of nearly equal size, shuffled by the counters (seed, step)."""
+    if num_updates == 1:
+        return [list(documents)]
+    order = epoch_order(seed, UPDATE_STREAM, step, len(documents))
+    return [[documents[i] for i in part] for part in np.array_split(order, num_updates) if len(part)]
+
+
+def row_length(cfg: RLConfig, documents: Sequence[Document]) -> int:
+    """Tokens of a packed row: room for the longest possible sample, a multiple of what the layout cuts rows into."""
+    longest = max(cfg.rollout.max_prompt_tokens + cfg.rollout.max_new_tokens, max(len(d.tokens) for d in documents))
+    parallel = cfg.parallel
+    pieces = (2 * parallel.cp if parallel.cp > 1 else 1) * (parallel.tp if parallel.sp else 1)
+    return -(-max(longest, cfg.rollout.row_tokens) // pieces) * pieces
+
+
+def add_logprobs(
+    documents: Sequence[Document], name: str, engine: Engine, length: int, temperature: float
+) -> list[Document]:
+    """The documents with the log-probs of their targets under `engine` as extra `name`."""
+    rows: list[PackedRow] = pack(documents, length)
+    values = engine.forward(rows, temperature=temperature)[0]
+    return with_extra(documents, name, unpack(rows, list(values), documents))
+
+
+def rollout_metrics(trajectories: Sequence[Trajectory], groups: Advantages) -> dict[str, Any]:
+    """What the samples of a step say about the policy: rewards, outcomes and lengths."""
+    lengths = np.array([t.sample.num_tokens for t in trajectories])
+    correct = np.array([t.verdict.correct for t in trajectories])
+    outcomes = [t.verdict.outcome for t in trajectories]
+    metrics: dict[str, Any] = {
+        "reward": float(np.mean([t.reward.total for t in trajectories])),
+        "reward_accuracy": float(np.mean([t.reward.accuracy for t in trajectories])),
+        "reward_repetition": float(np.mean([t.reward.repetition for t in trajectories])),
+        "accuracy": float(correct.mean()),
+        "response_length": float(lengths.mean()),
+        "unfinished": float(np.mean([not t.sample.finished for t in trajectories])),
+        "think_valid": float(np.mean([t.reward.think_valid for t in trajectories])),
+        "zero_variance_groups": 1.0 - groups.informative_share,
+        "verifier_timeouts": outcomes.count("timeout"),
+        "verifier_errors": outcomes.count("error"),
+    }
+    for name, chosen in (("response_length_correct", correct), ("response_length_wrong", ~correct)):
+        if chosen.any():
+            metrics[name] = float(lengths[chosen].mean())
+    return metrics
+
+
+def update_metrics(results: Sequence[StepResult]) -> dict[str, Any]:
+    """The objective's metrics over the updates of a step: per-token means, and means of losses and gradient norms."""
+    totals = {name: sum(r.sums[name] for r in results) for name in results[0].sums}
+    num_tokens = max(totals["num_tokens"], 1.0)
+    per_token = ("entropy", "kl_old", "kl_ref", "ratio", "clipped_low", "clipped_high", "dual_clipped", "logprob_gap")
+    return {
+        "loss": float(np.mean([r.loss for r in results])),
+        "grad_norm": float(np.mean([r.grad_norm for r in results])),
+        **{name: totals[name] / num_tokens for name in per_token},
+        "max_logprob_gap": max(r.sums["max_logprob_gap"] for r in results),
+        "num_valid_tokens": int(totals["num_tokens"]),
+        "skipped": sum(not r.applied for r in results),
+    }

@@ -1,0 +1,151 @@
+"""Opening a model for training or inference: tokenizer, architecture, weights, and what the same run folder may change.
+
+SFT, GRPO, scoring, generation and evaluation all come through here, so that a checkpoint means the same to each of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phi4r.configs.load import resolved_tree
+from phi4r.configs.sections import InitConfig, ModelConfig, ParallelConfig, TokenizerConfig, TrainConfig
+from phi4r.configs.stages import StageConfig, check_layout
+from phi4r.data.tokenizer import Tokenizer
+from phi4r.errors import ConfigError, UserError
+from phi4r.huggingface import HFWeights
+from phi4r.io import atomic_write_json
+from phi4r.model.names import load_weights, random_weights
+from phi4r.parallel.layout import Layout, init_layout
+from phi4r.train.checkpoint import load_checkpoint, read_model_config, resolve_checkpoint, tokenizer_folder
+from phi4r.train.engine import Engine
+
+VOCAB_MULTIPLE = 64
+# What makes two models the same weights; the rest (RoPE base, context, dtype, backend) a user may change on purpose.
+SHAPE_FIELDS = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "head_dim", "rms_norm_eps",
+)  # fmt: skip
+# Sections whose values may differ when a run folder is continued: they change speed or length, not the run itself.
+MAY_CHANGE = ("parallel", "checkpoint", "log")
+MAY_CHANGE_KEYS = ("train.num_steps", "train.eval_every", "train.recompute", "train.logit_chunk_size")
+
+
+def open_tokenizer(config: TokenizerConfig, checkpoint: str = "") -> Tokenizer:
+    """The tokenizer of `config.path`, else that of the checkpoint the run starts from, else the built-in one."""
+    if config.path or not checkpoint:
+        return Tokenizer.load(config.path)
+    folder = tokenizer_folder(checkpoint)
+    if folder is None:
+        raise UserError(f"{checkpoint}: holds no tokenizer; set tokenizer.path")
+    return Tokenizer.load(folder)
+
+
+def resolve_model(model: ModelConfig, tokenizer: Tokenizer, checkpoint: str = "") -> ModelConfig:
+    """`model` with its vocabulary size known and checked against the tokenizer and the checkpoint it starts from."""
+    if checkpoint:
+        found = read_model_config(checkpoint)
+        for name in SHAPE_FIELDS:
+            ours, theirs = getattr(model, name), getattr(found, name)
+            if ours != theirs:
+                raise ConfigError(f"model.{name}", f"is {ours}, but init.checkpoint {checkpoint} has {theirs}")
+        if model.vocab_size not in (0, found.vocab_size):
+            raise ConfigError(
+                "model.vocab_size", f"is {model.vocab_size}, but init.checkpoint {checkpoint} has {found.vocab_size}"
+            )
+        model = dataclasses.replace(model, vocab_size=found.vocab_size)
+    elif model.vocab_size == 0:
+        rounded = -(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        model = dataclasses.replace(model, vocab_size=rounded)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ConfigError(
+            "model.vocab_size", f"is {model.vocab_size}, but the tokenizer has {tokenizer.vocab_size} tokens"
+        )
+    return model
+
+
+def fill_weights(engine: Engine, checkpoint: str, seed: int) -> None:
+    """Fill an engine's parameters from a checkpoint or Hugging Face folder, or at random where `checkpoint` is ""."""
+    model, layout = engine.model_config, engine.layout
+    kind, folder = resolve_checkpoint(checkpoint) if checkpoint else ("random", Path())
+    if kind == "phi4r":
+        load_checkpoint(folder, engine.chunks)
+    else:
+        if kind == "hf":
+            weights = HFWeights(folder)
+            weights.check(_shapes(model))
+            get_tensor = weights.get_tensor
+        else:
+            get_tensor = random_weights(model, seed)
+        load_weights(engine.models, model, get_tensor, layout.tp_rank, layout.tp)
+    engine.sync_optimizer()
+
+
+def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    from phi4r.model.names import hf_tensors
+
+    return hf_tensors(model)
+
+
+@dataclass
+class Inference:
+    """A model opened for sampling or scoring, without an optimizer."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    layout: Layout
+
+
+def open_inference(checkpoint: str, parallel: ParallelConfig, tokenizer: TokenizerConfig | None = None) -> Inference:
+    """Open a phi4r checkpoint, a run folder or a Hugging Face folder under any layout, for inference."""
+    layout = init_layout(parallel)
+    opened = open_tokenizer(tokenizer or TokenizerConfig(), checkpoint)
+    model = read_model_config(checkpoint)
+    check_layout(model, parallel)
+    engine = Engine(model, parallel, layout, TrainConfig())
+    fill_weights(engine, checkpoint, seed=0)
+    return Inference(engine, opened, layout)
+
+
+def open_frozen(engine: Engine, parallel: ParallelConfig, init: InitConfig, seed: int) -> Engine:
+    """A second, frozen copy of the model with the weights that a run started from: the KL reference."""
+    frozen = Engine(engine.model_config, parallel, engine.layout, engine.train)
+    fill_weights(frozen, init.checkpoint, seed)
+    return frozen
+
+
+def claim_run_dir(config: StageConfig, stage: str, run_dir: Path, layout: Layout) -> None:
+    """Write RUN/config.json, or check that a run folder being continued was started with the same settings.
+
+    Layout, logging, checkpointing and the number of steps may change; anything else would make it another run, and is
+    refused with the key and both values. Rank 0 only.
+    """
+    if not layout.is_main:
+        return
+    path = run_dir / "config.json"
+    tree: dict[str, Any] = resolved_tree(stage, config)
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before.get("stage") != stage:
+            raise UserError(f"{run_dir}: holds a {before.get('stage')} run; choose another --run-dir")
+        for key, (old, new) in _differences(before["config"], tree["config"]).items():
+            if key.split(".")[0] not in MAY_CHANGE and key not in MAY_CHANGE_KEYS:
+                raise UserError(
+                    f"{run_dir}: was started with {key} = {old!r}, now {new!r}; continue with the same settings or choose "
+                    "another --run-dir"
+                )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    atomic_write_json(path, tree)
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found |= _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found[f"{prefix}{key}"] = (a, b)
+    return found

@@ -1,0 +1,51 @@
+"""Stopping between steps: a signal only sets a flag, all ranks agree on it, and the run saves before it ends."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+
+
+class StopFlag:
+    """Set by the first of `SIGNALS`; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.signal_number = 0
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal_number and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal_number = number
+
+    def agreed(self, device: torch.device) -> int:
+        """The signal that any rank received (0: none), the same on all ranks. Collective: call once a step."""
+        flag = torch.tensor(self.signal_number, device=device)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return int(flag)
+
+
+@contextmanager
+def stop_flag() -> Iterator[StopFlag]:
+    """Install the handlers for the length of a run."""
+    flag = StopFlag()
+    before = {number: signal.signal(number, flag._handle) for number in SIGNALS}
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def end_by(number: int) -> None:
+    """End like a process that got the signal: exit code 130 after Ctrl-C, 128 + number otherwise."""
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)
