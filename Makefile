@@ -1,0 +1,66 @@
+# make quickstart   virtual environment, installation, and the whole pipeline on a tiny Phi-4
+# make test         what the tests need, lint, types, the default test suite
+# make install      .venv with phi4r, editable, at the versions of constraints.txt
+# make test-deps    the same plus what tests and lint need
+# make lint         ruff and mypy
+# make format       ruff, rewriting files
+#
+# PYTHON=python3.12 chooses the interpreter (3.11 or 3.12). PIP_FLAGS passes options to pip, such as an index with
+# CPU-only builds of torch, which are much smaller. ARGS goes to `phi4r quickstart`, TESTS to pytest.
+
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP_FLAGS ?=
+ARGS ?=
+TESTS ?=
+NATIVE := CMakeLists.txt $(wildcard kernels/csrc/*)
+
+# The layout tests start several ranks; one thread each keeps them from spinning on each other's cores.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: install test-deps quickstart test lint format clean
+
+install: $(VENV)/.installed
+
+test-deps: $(VENV)/.test-deps
+
+quickstart: install
+	$(BIN)/phi4r quickstart $(ARGS)
+
+test: test-deps lint
+	@echo "== tests"
+	$(BIN)/python -m pytest -q -m "not slow and not gpu and not vllm and not slurm" --durations=15 $(TESTS)
+
+lint: test-deps
+	@echo "== lint and types"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: test-deps
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
+
+$(VENV)/bin/python:
+	@echo "== making $(VENV) with $(PYTHON)"
+	@"$(PYTHON)" -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 13) else f"phi4r needs Python 3.11 or 3.12, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.11")'
+	"$(PYTHON)" -m venv $(VENV)
+
+# A stamp is newer than what it was made from, so a second `make install` does nothing.
+$(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/bin/python
+	@echo "== installing phi4r into $(VENV) (the first time this downloads torch)"
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
+		echo "   no C++ compiler found: slower Python code takes the place of the C++ module; phi4r doctor says so"
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.test-deps: $(VENV)/.installed
+	@echo "== installing what tests and lint need"
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt \
+		$$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["test"])')
+	@touch $@
