@@ -37,7 +37,8 @@ from torch import nn
 
 from phi4r.configs.sections import ModelConfig
 from phi4r.errors import UserError
-from phi4r.model.names import local_weights, shard, unwrap
+from phi4r.huggingface import HFWeights
+from phi4r.model.names import hf_tensors, load_weights, local_weights, shard, unwrap
 from phi4r.train import folders
 from phi4r.train.folders import (
     DIST,
@@ -54,6 +55,7 @@ from phi4r.train.folders import (
 __all__ = [
     "find_latest",
     "load_checkpoint",
+    "load_model",
     "read_manifest",
     "read_model_config",
     "remove_leftovers",
@@ -185,11 +187,33 @@ def load_checkpoint(
         assert not missing, f"not loaded: {missing}"
         assert not result.unexpected_keys, f"left over: {result.unexpected_keys}"
     if optimizer is not None:
+        if manifest.optimizer == "plain":
+            # megatron-core's plain optimizers leave a step of 0 out when they save
+            plain = loaded["optimizer"].get("optimizer", loaded["optimizer"])
+            plain["state"].setdefault("common_step", torch.tensor(0.0))
         optimizer.load_state_dict(loaded["optimizer"])
         if "unshare_steps" not in leave_out:
             unshare_steps(optimizer)
     dist.barrier()
     return manifest.state
+
+
+def load_model(path: str | Path, chunks: Sequence[nn.Module]) -> None:
+    """Fill the model chunks with the weights of a checkpoint, run or Hugging Face folder. Collective.
+
+    Values are cast to the dtype of the parameters. Raises UserError for anything that is not a model of this
+    size.
+    """
+    kind, folder = _main_rank(lambda: resolve_checkpoint(path))
+    if kind == "phi4r":
+        load_checkpoint(folder, chunks)
+        return
+    model, weights = read_model_config(folder), HFWeights(folder)
+    weights.check(hf_tensors(model))
+    _check_model(folder, model, chunks)
+    tp, tp_rank = mpu.get_tensor_model_parallel_world_size(), mpu.get_tensor_model_parallel_rank()
+    load_weights(chunks, model, weights.get_tensor, tp_rank, tp)
+    dist.barrier()
 
 
 def _check_model(folder: Path, model: ModelConfig, chunks: Sequence[nn.Module]) -> None:

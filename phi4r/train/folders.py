@@ -157,6 +157,8 @@ def remove_leftovers(run_dir: str | Path) -> list[str]:
             path.rename(folder / name)
         elif kind in (".old", ".tmp", ".trash"):
             shutil.rmtree(path)
+        elif path.match(".latest.*.tmp"):
+            path.unlink()
         else:
             continue
         names.append(path.name)
