@@ -18,14 +18,19 @@ from phi4r.errors import UserError
 
 CHAT_SYMBOLS = ("<|endoftext|>", "<pad>", "<|im_start|>", "<|im_sep|>", "<|im_end|>", "<think>", "</think>")
 
-# With 256 bytes, 7 chat symbols, "\n" and <unk> this makes 320 pieces, a multiple of 64: a vocabulary without
-# padding.
-BUILTIN_ALPHABET = "0123456789 abcdefghijklmnopqrstuvwxyz+-*/=%;:,.(){}\\?^$"
+# The chat roles are whole pieces of the built-in model: spelt out they would be a third of a short document.
+ROLES = ("system", "user", "assistant")
+
+# With 256 bytes, 7 chat symbols, 3 roles, "\n" and <unk> this makes 320 pieces, a multiple of 64: a vocabulary
+# without padding.
+BUILTIN_ALPHABET = "0123456789 abcdefghijklmnopqrstuvwxyz+-*/=%;:,.(){}?"
 
 _TYPE_CONTROL, _TYPE_USER_DEFINED = 3, 4
 
 
-def _train(texts: Iterable[str], vocab_size: int, model_type: str, hard_limit: bool) -> bytes:
+def _train(
+    texts: Iterable[str], vocab_size: int, model_type: str, hard_limit: bool, words: tuple[str, ...] = ()
+) -> bytes:
     import sentencepiece
 
     model = io.BytesIO()
@@ -43,7 +48,7 @@ def _train(texts: Iterable[str], vocab_size: int, model_type: str, hard_limit: b
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             control_symbols=list(CHAT_SYMBOLS),
-            user_defined_symbols=["\n"],
+            user_defined_symbols=["\n", *words],
             unk_id=0,
             bos_id=-1,
             eos_id=-1,
@@ -66,7 +71,7 @@ def builtin_model() -> bytes:
     The i-th character of the alphabet is repeated so often that its rank, and with it its id, is never a tie.
     """
     lines = [char * (len(BUILTIN_ALPHABET) - rank) for rank, char in enumerate(BUILTIN_ALPHABET)]
-    return _train(lines, vocab_size=4096, model_type="char", hard_limit=False)
+    return _train(lines, vocab_size=4096, model_type="char", hard_limit=False, words=ROLES)
 
 
 def train_sentencepiece(
