@@ -63,7 +63,7 @@ _STYLE = {
 
 
 def png_bytes(figure: Figure) -> bytes:
-    """The figure as PNG at `DPI`; equal figures give equal bytes."""
+    """The figure as PNG at `DPI`. Figures built alike give equal bytes."""
     buffer = io.BytesIO()
     with matplotlib.rc_context(_STYLE):
         figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
@@ -485,7 +485,7 @@ def pass_at_k_curves(summaries: Mapping[str, Mapping[str, Any]]) -> Figure:
     """pass@k (solid, with its 95% band) and maj@k (dashed) against k, by stage."""
     colours = stage_colours(list(summaries))
     with _figure(WIDTH, 3.6) as (figure, axes):
-        axes.set_title("Solved at least once in k answers (solid), by majority of k (dashed)")
+        axes.set_title("pass@k (solid, 95% band) and maj@k (dashed)")
         labels = []
         largest = 1
         for name, summary in summaries.items():

@@ -108,7 +108,8 @@ def build_report(inputs: ReportInputs, folder: str | Path) -> Report:
     compared = {name: summaries[name] for name in list(evals)[-2:]}
     gain = None
     if len(compared) == 2:
-        gain = compare(*(evals[name] for name in compared), inputs.settings)
+        before, after = (evals[name] for name in compared)
+        gain = compare(before, after, inputs.settings)
     sft, rl = _metrics(inputs.sft_metrics), _metrics(inputs.rl_metrics)
     stages = _curation_stages(inputs.curation)
     config = _json(inputs.config)
@@ -287,8 +288,9 @@ def _accuracy_pictures(
             "pass_at_k",
             plots.pass_at_k_curves(summaries),
             "pass@k and maj@k by stage",
-            "pass@k is unbiased, 1 - C(n-c, k) / C(n, k). Where the first stage's pass@k is high and its "
-            "accuracy is not, there is something for GRPO to select.",
+            "pass@k: solved at least once in k answers, unbiased, 1 - C(n-c, k) / C(n, k). maj@k: solved by "
+            "the majority of k answers. Where the first stage's pass@k is high and its accuracy is not, "
+            "there is something for GRPO to select.",
         )
     pictures += _picture(
         "difficulty",

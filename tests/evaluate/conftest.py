@@ -1,7 +1,5 @@
 """A synthetic pipeline run: numbers and texts shaped like those of the quick start, made in a moment."""
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +7,7 @@ import numpy as np
 import pytest
 
 from phi4r.evaluate.report import ReportInputs
-from phi4r.evaluate.results import Record, Results, write_results
+from phi4r.evaluate.results import Record, Results, read_results, write_results
 from phi4r.io import JsonlWriter, atomic_write_json
 
 NUM_RUNS = 8
@@ -157,11 +155,14 @@ def write_run(folder: Path, num_problems: int = 256, num_steps: int = 800) -> Re
     )
 
 
-@pytest.fixture
-def make_run(tmp_path: Path) -> Callable[..., ReportInputs]:
-    """write_run in the test's own folder."""
-    return lambda **sizes: write_run(tmp_path / "run", **sizes)
+@pytest.fixture(scope="session")
+def pipeline_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ReportInputs]:
+    """A small run's folder and inputs; tests read it and write elsewhere."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    return folder, write_run(folder, num_problems=32, num_steps=120)
 
 
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+@pytest.fixture(scope="session")
+def results_by_stage(pipeline_run: tuple[Path, ReportInputs]) -> dict[str, Results]:
+    """The evaluations of `pipeline_run`, SFT and GRPO."""
+    return {name: read_results(path) for name, path in pipeline_run[1].evals.items()}
