@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from phi4r.console import Progress, say
+from phi4r.console import Progress, is_main_rank, say
 from phi4r.data.tokenizer import Tokenizer
 from phi4r.errors import UserError
 from phi4r.huggingface import (
@@ -54,8 +54,11 @@ def main(direction: Direction, src: str | Path, dst: str | Path, parallel: Any =
     """Convert SRC to the new folder DST.
 
     parallel: a ParallelConfig, accepted so that scripts may say for which layout they convert; the checkpoint
-    format has no layout in it, so it changes nothing. Raises UserError for anything wrong with SRC or DST.
+    format has no layout in it, so it changes nothing. Where several ranks were started, rank 0 converts.
+    Raises UserError for anything wrong with SRC or DST.
     """
+    if not is_main_rank():
+        return
     src, dst = Path(src), Path(dst)
     if direction == "hf-to-phi4r":
         hf_to_phi4r(src, dst)

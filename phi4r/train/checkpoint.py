@@ -11,7 +11,9 @@ them so that a test can leave each one out and see what breaks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
 from typing import Any, Protocol, TypeVar
@@ -111,7 +113,8 @@ def save_checkpoint(
     group = mpu.get_data_parallel_group(with_context_parallel=True)
     if group.size() > 1:
         strategy = FullyParallelSaveStrategyWrapper(strategy, group, False)
-    dist_checkpointing.save(tree, str(temporary / DIST), sharded_strategy=strategy)
+    with _quiet():
+        dist_checkpointing.save(tree, str(temporary / DIST), sharded_strategy=strategy)
 
     def finish() -> Path:
         names: tuple[str, ...] = ()
@@ -180,7 +183,8 @@ def load_checkpoint(
     if group.size() > 1:
         strategy = FullyParallelLoadStrategyWrapper(strategy, group)
     tree = _sharded_state(chunks, optimizer, is_loading=True)
-    loaded = dist_checkpointing.load(tree, location, sharded_strategy=strategy)
+    with _quiet():
+        loaded = dist_checkpointing.load(tree, location, sharded_strategy=strategy)
     for index, chunk in enumerate(chunks):
         result = unwrap(chunk).load_state_dict(loaded[f"model{index}"], strict=False)
         missing = [name for name in result.missing_keys if not name.endswith("._extra_state")]
@@ -336,6 +340,14 @@ def unshare_steps(optimizer: Any) -> None:
 
 
 # --- ranks
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch deprecates the ShardedTensor that megatron-core hands it, at every save and load."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
+        yield
 
 
 def _main_rank(action: Callable[[], T]) -> T:

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch.distributed as dist
 
 from phi4r.configs.sections import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from phi4r.data.packing import Document, PackedRow, pack
+from phi4r.errors import UserError
 from phi4r.model.names import load_weights, random_weights
 from phi4r.parallel.layout import init_layout
 from phi4r.train.checkpoint import find_latest, load_checkpoint, load_model, save_checkpoint
@@ -75,9 +77,9 @@ def resume(
 
 
 def run(payload: dict[str, Any]) -> None:
-    """payload["work"]: a list of ("save" | "resume" | "evaluate", run, layout sizes, dtype). "save" trains to
-    SAVE_AT, saves into the run folder and goes on; "evaluate" loads weights alone. Rank 0 writes what came
-    out, in order, to "out"."""
+    """payload["work"]: a list of ("save" | "resume" | "evaluate" | "fail", run, layout sizes, dtype). "save"
+    trains to SAVE_AT, saves into the run folder and goes on; "evaluate" loads weights alone; "fail" cannot
+    write. Rank 0 writes what came out, in order, to "out"."""
     results = []
     for verb, name, sizes, dtype in payload["work"]:
         run_dir = Path(payload["folder"]) / name
@@ -86,6 +88,14 @@ def run(payload: dict[str, Any]) -> None:
             before = train(engine, 0, SAVE_AT)
             save(engine, run_dir)
             results.append(before + train(engine, SAVE_AT, STEPS))
+        elif verb == "fail":
+            engine = make_engine(sizes, dtype)
+            if dist.get_rank() == 0:
+                run_dir.mkdir()
+                (run_dir / "checkpoints").write_text("in the way")
+            with pytest.raises(UserError, match="File exists"):  # on every rank: none is left waiting
+                save(engine, run_dir)
+            results.append([])
         elif verb == "resume":
             results.append(resume(run_dir, sizes, dtype))
         else:

@@ -86,6 +86,7 @@ def losses(runs: Path) -> Losses:
     two: list[Work] = [("save", run, *how) for run, how in SAVED_BY_TWO.items()]
     two += [("resume", run, *how) for run, how in SAVED_BY_TWO.items()]
     two += [("resume", run, sizes, "fp32") for run, sizes in RESHARDED_BY_TWO]
+    two += [("fail", "unwritable", {"tp": 2}, "fp32")]
     two += [("evaluate", "tp1", {"tp": 2}, "fp32"), ("evaluate", "tp1", {"pp": 2}, "bf16")]
     last: list[Work] = [("resume", run, sizes, "fp32") for run, sizes in RESHARDED_BY_ONE]
     last += [("evaluate", run, TP1, "fp32") for run in ("tp1", "dp2_overlap", "pp2_vpp2")]
@@ -151,6 +152,11 @@ def test_a_trained_checkpoint_of_any_layout_exports_the_weights_it_holds(
         local_weights(engine.chunks, ranks.MODEL), local_weights(other.chunks, ranks.MODEL), strict=True
     ):
         assert torch.equal(mine, theirs), weight.hf
+
+
+@pytest.mark.multiprocess
+def test_an_error_of_writing_on_one_rank_is_raised_on_all(losses: Losses) -> None:
+    assert losses[key("fail", "unwritable", {"tp": 2})] == []
 
 
 # --- the work-rounds
