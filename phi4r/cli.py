@@ -488,6 +488,8 @@ def _run(words: Sequence[str]) -> int:
         raise UserError(error.format_message() + hint) from None
     except typer.Abort:
         raise InterruptedRunError("interrupted") from None
+    if code == 130:  # how typer passes on a Ctrl-C that no stage has put into words
+        raise InterruptedRunError("interrupted")
     return code if isinstance(code, int) else 0
 
 

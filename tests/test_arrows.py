@@ -1,4 +1,5 @@
-"""Who may import whom (CONTRIBUTING.md), read off the source, and which modules start without torch, seen by starting."""
+"""Who may import whom (CONTRIBUTING.md), read off the source, and which modules start without torch, seen by
+starting."""
 
 from __future__ import annotations
 
@@ -42,9 +43,9 @@ MEGATRON = {"model", "parallel", "train", "convert"}
 
 # Files and folders that may not name torch at all: they run on a login node.
 NO_TORCH = [
-    "cli.py", "dryrun.py", "errors.py", "io.py", "optional.py", "console.py", "configs", "tasks", "curate", "evaluate",
-    "data/records.py", "data/render.py", "data/tokenizer.py", "data/packing.py", "data/native.py", "rl/rewards.py",
-    "rl/types.py", "parallel/launch.py",
+    "cli.py", "dryrun.py", "errors.py", "io.py", "optional.py", "console.py", "configs", "tasks", "curate",
+    "evaluate", "data/records.py", "data/render.py", "data/tokenizer.py", "data/packing.py", "data/native.py",
+    "rl/rewards.py", "rl/types.py", "parallel/launch.py",
 ]  # fmt: skip
 
 
@@ -79,7 +80,11 @@ def test_every_package_imports_only_what_its_arrows_allow() -> None:
         assert package in ARROWS, f"{path} belongs to no package with arrows: add it to ARROWS"
         for name in imports_of(path):
             parts = name.split(".")
-            if parts[0] == "phi4r" and len(parts) > 1 and parts[1] not in ARROWS[package] | LEAVES | {package}:
+            if (
+                parts[0] == "phi4r"
+                and len(parts) > 1
+                and parts[1] not in ARROWS[package] | LEAVES | {package}
+            ):
                 wrong[str(path.relative_to(ROOT))].add(name)
     assert not wrong, dict(wrong)
 
@@ -124,7 +129,9 @@ def test_login_node_code_starts_without_torch() -> None:
             modules.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
     code = f"import importlib, sys\nfor name in {modules!r}:\n    importlib.import_module(name)\n"
     code += "    bad = {'torch', 'megatron'} & set(sys.modules)\n    assert not bad, (name, bad)\n"
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert ended.returncode == 0, ended.stderr
 
 

@@ -149,12 +149,7 @@ class RLConfig:
             f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest} is beyond"
             f" model.max_position_embeddings ({self.model.max_position_embeddings})",
         )
-        reward = self.reward.resolved(rollout.max_new_tokens)
-        require(
-            reward.positive_tokens < reward.max_tokens,
-            "reward.positive_tokens",
-            f"must be below L_max ({reward.max_tokens}), got {reward.positive_tokens}",
-        )
+        self.reward.resolved(rollout.max_new_tokens)  # its own check, now that L_max is known
 
 
 @dataclass(frozen=True, kw_only=True)

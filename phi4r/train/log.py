@@ -97,7 +97,7 @@ class MetricsLogger:
         if self._rows is not None:
             self._rows.close()
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
             self._wandb = None
         if self._tensorboard is not None:
             self._tensorboard.close()

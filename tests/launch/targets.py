@@ -1,4 +1,5 @@
-"""What the ranks of test_launch do. Each gets its instructions as a dict and leaves files behind to be looked at."""
+"""What the ranks of test_launch do. Each gets its instructions as a dict and leaves files behind to be looked
+at."""
 
 from __future__ import annotations
 

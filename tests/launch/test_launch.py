@@ -1,4 +1,5 @@
-"""The launcher with real processes: what every rank is given, who owns the error, and that nobody is left behind."""
+"""The launcher with real processes: what every rank is given, who owns the error, and that nobody is left
+behind."""
 
 from __future__ import annotations
 
@@ -69,12 +70,16 @@ def start_driver(target: str, folder: Path, *files: str) -> subprocess.Popen[str
     return driver
 
 
-def test_ranks_get_their_place_and_rank_0_has_the_console(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_ranks_get_their_place_and_rank_0_has_the_console(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     result = run_ranks(f"{TARGETS}:report", {"folder": str(tmp_path)}, 3, tmp_path, threads=2)
     assert result == {"from": 0}
     seen = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(3)]
     assert [(s["RANK"], s["LOCAL_RANK"]) for s in seen] == [("0", "0"), ("1", "1"), ("2", "2")]
-    assert {(s["WORLD_SIZE"], s["MASTER_ADDR"], s["OMP_NUM_THREADS"]) for s in seen} == {("3", "127.0.0.1", "2")}
+    assert {(s["WORLD_SIZE"], s["MASTER_ADDR"], s["OMP_NUM_THREADS"]) for s in seen} == {
+        ("3", "127.0.0.1", "2")
+    }
     assert len({s["MASTER_PORT"] for s in seen}) == 1
     assert capfd.readouterr().out == "hello from rank 0\n"
     logs = [(tmp_path / "logs" / f"rank_{rank:05d}.log").read_text() for rank in (1, 2)]
@@ -87,7 +92,9 @@ def test_one_rank_runs_in_this_process_and_leaves_the_environment_as_it_was(tmp_
     assert {name for name in os.environ if name not in before} <= {"OMP_NUM_THREADS", "MKL_NUM_THREADS"}
 
 
-def test_a_crash_ends_the_others_and_is_the_jobs_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_crash_ends_the_others_and_is_the_jobs_error(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(RankError, match="ZeroDivisionError") as caught:
         run_ranks(f"{TARGETS}:divide_on_rank_1", {"folder": str(tmp_path)}, 2, tmp_path)
     assert caught.value.rank == 1
@@ -114,7 +121,9 @@ def test_the_cause_is_reported_and_not_its_consequence(tmp_path: Path) -> None:
     assert caught.value.rank == 1
 
 
-def test_a_rank_that_does_not_end_when_asked_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_does_not_end_when_asked_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(launch, "GRACE_S", 0.5)
     with pytest.raises(RankError, match="had enough"):
         run_ranks(f"{TARGETS}:ignore_sigterm", {"folder": str(tmp_path)}, 2, tmp_path)
@@ -154,7 +163,7 @@ def test_a_process_started_by_torchrun_is_a_rank_and_starts_no_others(
         run_ranks(f"{TARGETS}:report", {"folder": str(tmp_path)}, 2)
     monkeypatch.setenv("MASTER_PORT", "1")
     assert run_ranks(f"{TARGETS}:report", {"folder": str(tmp_path)}, 2) == {"from": 1}
-    with pytest.raises(UserError, match="needs 4 ranks .* but 2 were started"):
+    with pytest.raises(UserError, match=r"needs 4 ranks .* but 2 were started"):
         run_ranks(f"{TARGETS}:report", {"folder": str(tmp_path)}, 4)
 
 
@@ -170,8 +179,15 @@ def test_only_a_task_of_a_slurm_step_is_a_rank() -> None:
 def test_configurations_and_paths_reach_the_ranks(tmp_path: Path) -> None:
     config = SFTConfig(optimizer=OptimizerConfig(lr=0.125))
     for layout in (ParallelConfig(), ParallelConfig(dp=2)):
-        result = run_handler(f"{TARGETS}:handler", [config, tmp_path, layout], layout, tmp_path, {"extra": "x"})
-        assert result == {"types": ["SFTConfig", "ParallelConfig"], "is_path": True, "lr": 0.125, "extra": "x"}
+        result = run_handler(
+            f"{TARGETS}:handler", [config, tmp_path, layout], layout, tmp_path, {"extra": "x"}
+        )
+        assert result == {
+            "types": ["SFTConfig", "ParallelConfig"],
+            "is_path": True,
+            "lr": 0.125,
+            "extra": "x",
+        }
 
 
 def test_a_held_port_is_free_for_its_rank_and_for_nobody_else() -> None:

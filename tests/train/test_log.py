@@ -1,4 +1,5 @@
-"""metrics.jsonl holds every step once, whatever was killed and resumed; the other sinks get the same numbers."""
+"""metrics.jsonl holds every step once, whatever was killed and resumed; the other sinks get the same
+numbers."""
 
 from __future__ import annotations
 
@@ -89,7 +90,6 @@ def test_tensorboard_gets_the_same_numbers_and_forgets_steps_beyond_the_checkpoi
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0.25), (2, 0.5), (3, 8.0)]
 
 
-@pytest.mark.slow
 def test_wandb_works_offline_and_a_resumed_run_keeps_its_id(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     for resume_step in (0, 1):
