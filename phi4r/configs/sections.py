@@ -538,6 +538,8 @@ class CurateSettings:
     """Give the generated raw pool the defects of real data (duplicates, leaks, wrong answers, bad rows)."""
     pass_rate_k: int = 8
     """Samples per problem behind its pass rate."""
+    pass_rate_chunk: int = 1024
+    """Problems whose pass rates are measured and saved together; the model is opened once for each chunk."""
     band_low: float = 0.1
     """Problems solved less often than this are too hard to teach anything."""
     band_high: float = 0.9
@@ -547,7 +549,14 @@ class CurateSettings:
 
     def __post_init__(self) -> None:
         _at_least(
-            "curate", self, ngram=1, pass_rate_k=1, num_heldout=0, max_problem_chars=1, max_trace_chars=1
+            "curate",
+            self,
+            ngram=1,
+            pass_rate_k=1,
+            pass_rate_chunk=1,
+            num_heldout=0,
+            max_problem_chars=1,
+            max_trace_chars=1,
         )
         _positive("curate", self, "dedup_threshold")
         _between("curate", self, 0, 1, "dedup_threshold", "band_low", "band_high")
