@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from phi4r.configs.load import resolved_tree
+from phi4r.configs.load import write_resolved
 from phi4r.configs.stages import CurateConfig
 from phi4r.console import Progress, console, say
 from phi4r.curate.decontaminate import decontaminate
@@ -37,7 +37,6 @@ from phi4r.io import JsonlWriter, atomic_write_json, read_jsonl
 from phi4r.tasks import get_task
 
 _FORMAT = 1  # of the stage files, and of what the stages do: a change makes finished stages run again
-_CHUNK = 256  # problems whose pass rates are measured and saved together
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def main(
     input, and where nothing would be left.
     """
     run_dir = Path(run_dir)
-    atomic_write_json(run_dir / "config.json", resolved_tree("curate", config))
+    write_resolved(config, run_dir)
     settings = config.curate
     epochs = parse_mixture(settings.mixture)
     skipped: list[str] = []
@@ -223,13 +222,15 @@ def _measure(state: _State, run_dir: Path, config: CurateConfig, sample: SampleP
     path = run_dir / "stages" / "pass_rates.jsonl"
 
     def compute(problems: list[Problem]) -> StageResult:
-        return teachable_band(problems, _pass_rates(problems, path, _digest(model), sample, k), **band)
+        return teachable_band(
+            problems, _pass_rates(problems, path, _digest(model), sample, k, settings.pass_rate_chunk), **band
+        )
 
     return _step(state, run_dir, "difficulty", {**model, **band}, compute)
 
 
 def _pass_rates(
-    problems: Sequence[Problem], path: Path, model: str, sample: SamplePassRate, k: int
+    problems: Sequence[Problem], path: Path, model: str, sample: SamplePassRate, k: int, chunk_size: int
 ) -> np.ndarray:
     """Pass rates float64[P], from the file where this model was already asked, measured and added where
     not."""
@@ -244,10 +245,10 @@ def _pass_rates(
         say(f"curate: difficulty: {len(problems) - len(todo):,} pass rates taken over from {path.name}")
     with (
         JsonlWriter(path, append=True) as writer,
-        Progress("pass rates", len(todo), every=_CHUNK) as progress,
+        Progress("pass rates", len(todo), every=1) as progress,
     ):
-        for start in range(0, len(todo), _CHUNK):
-            chunk = todo[start : start + _CHUNK]
+        for start in range(0, len(todo), chunk_size):
+            chunk = todo[start : start + chunk_size]
             rates = np.asarray(sample([problems[index] for index in chunk], k), np.float64)
             if rates.shape != (len(chunk),):
                 raise ValueError(f"sample_pass_rate gave shape {rates.shape} for {len(chunk)} problems")

@@ -139,13 +139,13 @@ def mix(values: np.ndarray) -> np.ndarray:
 
 def _plain(text: str) -> str:
     """Unicode and LaTeX spelled out in plain characters, lower case."""
-    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda match: "^" + match[0].translate(_SUPERSCRIPTS), text)
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda match: f"^({match[0].translate(_SUPERSCRIPTS)})", text)
     text = re.sub("[₀₁₂₃₄₅₆₇₈₉]+", lambda match: "_" + match[0].translate(_SUBSCRIPTS), text)
     text = re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞])", "+", text)  # "1½" is 1+1/2, not 11/2
     text = unicodedata.normalize("NFKC", text.translate(_SYMBOLS)).translate(_SYMBOLS)
     if "\\" in text:
         text = _strip_latex(text)
-    text = text.replace("**", "^").lower()
+    text = text.replace("{", "(").replace("}", ")").replace("**", "^").lower()
     return _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
 
 
@@ -156,8 +156,7 @@ def _strip_latex(text: str) -> str:
         text = _FRACTION.sub(lambda m: f"({m[1] or m[2] or ''})/({m[3] or m[4] or ''})", text)
     text = text.replace("\\{", " ").replace("\\}", " ")
     text = _LATEX_COMMAND.sub(_spell_command, text)
-    text = re.sub(r"\\[^A-Za-z]", " ", text)  # spacing: "\,", "\!", "\ "
-    return text.replace("{", "(").replace("}", ")")
+    return re.sub(r"\\[^A-Za-z]", " ", text)  # spacing: "\,", "\!", "\ "
 
 
 def _spell_command(match: re.Match[str]) -> str:

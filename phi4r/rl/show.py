@@ -58,13 +58,7 @@ class Row:
 
 
 def parse_row(raw: dict[str, Any], where: str = "rollouts") -> Row:
-    """A line of a rollout file as a `Row`. Raises UserError naming the missing field.
-
-    The reward may stand as a number beside `reward_parts`, or as the parts themselves with their `total`; the
-    response is `text` or `response`.
-    """
-    reward = raw.get("reward")
-    parts = reward if isinstance(reward, dict) else raw.get("reward_parts") or {}
+    """A line of a rollout file as a `Row`. Raises UserError naming the missing field."""
     try:
         return Row(
             step=int(raw["step"]),
@@ -72,16 +66,16 @@ def parse_row(raw: dict[str, Any], where: str = "rollouts") -> Row:
             sample_index=int(raw["sample_index"]),
             problem_id=str(raw["problem_id"]),
             prompt=str(raw["prompt"]),
-            text=str(raw["text"] if "text" in raw else raw["response"]),
+            text=str(raw["text"]),
             num_tokens=int(raw["num_tokens"]),
             finished=bool(raw["finished"]),
             outcome=str(raw["outcome"]),
             answer=str(raw.get("answer") or ""),
             gold=str(raw.get("gold") or ""),
-            reward=float(reward["total"] if isinstance(reward, dict) else raw["reward"]),
+            reward=float(raw["reward"]),
             advantage=float(raw.get("advantage") or 0.0),
-            mean_logprob=raw.get("rollout_logprob_mean", raw.get("mean_logprob")),
-            parts={key: value for key, value in parts.items() if key != "total"},
+            mean_logprob=raw.get("rollout_logprob_mean"),
+            parts=dict(raw.get("reward_parts") or {}),
         )
     except KeyError as error:
         raise UserError(
