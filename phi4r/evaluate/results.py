@@ -306,7 +306,7 @@ def summarise(results: Results, settings: SummarySettings | None = None) -> dict
 
     `avg_at_k`, also under its name such as `avg_at_8`, with `ci95` (new problems) and `ci95_same_problems`;
     tables `pass_at_k`, `maj_at_k` and `worst_at_k` by k = 1, 2, 4, ... R with intervals; the run-to-run
-    spread; lengths; outcomes; and accuracy by difficulty where problems have one.
+    spread; lengths; outcomes; and accuracy by length and by difficulty where problems have one.
     """
     settings = settings or SummarySettings()
     correct, tokens = results.correct, results.tokens
@@ -349,6 +349,7 @@ def summarise(results: Results, settings: SummarySettings | None = None) -> dict
         "length": asdict(statistics.length_statistics(correct, tokens, results.finished)),
         "outcomes": {name: count for name, count in _count_outcomes(results).items() if count},
         "by_difficulty": _by_difficulty(results),
+        "by_length": [asdict(part) for part in statistics.accuracy_by_length(correct, tokens)],
         "settings": asdict(settings),
     }
 

@@ -203,6 +203,7 @@ def test_the_summary_equals_hand_counts_and_is_plain_json(tmp_path: Path):
     assert summary["std_over_runs"] == pytest.approx(0.125)
     assert summary["mean_length"] == 12.5
     assert summary["outcomes"] == {"correct": 9, "wrong": 7}
+    assert sum(part["count"] * part["accuracy"] for part in summary["by_length"]) == pytest.approx(9)
     atomic_write_json(tmp_path / "summary.json", summary)  # refuses NaN and anything that is not JSON
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
 
