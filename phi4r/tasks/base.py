@@ -127,8 +127,8 @@ class Task(ABC):
         )
         if not self.lowest_difficulty <= low <= high:
             raise UserError(
-                f"task {self.name}: difficulty ({self.difficulty_unit}) must be {self.lowest_difficulty} or more "
-                f"and low before high, found {low} to {high}"
+                f"task {self.name}: difficulty ({self.difficulty_unit}) starts at {self.lowest_difficulty}, "
+                f"and the lowest comes first; found {low} to {high}"
             )
         return stream.between(low, high)
 

@@ -4,7 +4,8 @@ A response looks like `<think>{working}</think>{solution}<|im_end|>`. Only what 
 can hold the answer, so a box inside the think block never counts. In the solution the answer is the last
 `\boxed{...}`; an unterminated last box is no answer (the response was cut off inside it; an earlier box is
 not what it meant to say). Without any box, the solution itself is the answer if it is nothing but an answer
-(`7`, `\frac{1}{2}`, `x^2+1`, `blue`): prose without a box is no answer, whatever numbers it mentions.
+(`7`, `\frac{1}{2}`, `x^2+1`, `blue`): prose without a box is no answer, whatever numbers it mentions. A
+last line `#### 7` (GSM8K's mark) counts as that.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ _END_MARKERS = ("<|im_end|>", "<|endoftext|>")
 # Longest unboxed solution that is looked at as a bare answer.
 MAX_PLAIN_CHARS = 400
 
-_BOX_TOKENS = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*\{|\\\\|\\[{}]|[{}]")
-_BOX_OPEN = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*\{")
+# Over-escaped data has doubled backslashes (`\\boxed`); the look-behind keeps long runs of them linear.
+_BOX_TOKENS = re.compile(r"(?<!\\)\\+(?:boxed|fbox)(?![a-zA-Z])\s*\{|\\\\|\\[{}]|[{}]")
+_BOX_OPEN = re.compile(r"(?<!\\)\\+(?:boxed|fbox)(?![a-zA-Z])\s*\{")
 _LATEX_COMMAND = re.compile(r"\\text\{[^{}]*\}|\\[a-zA-Z]+")
 _LONG_WORD = re.compile(r"[^\W\d_]{2,}")
 _FUNCTION_WORD = re.compile(r"(arc)?(sin|cos|tan)h?|cot|sec|csc|log|ln|exp|sqrt|pi|max|min|gcd|lcm|mod")
@@ -150,6 +152,9 @@ def extract_solution_answer(solution: str) -> Extraction:
         return Extraction(boxed, "boxed") if boxed else Extraction(None, "empty")
     if not solution:
         return Extraction(None, "empty")
+    before, marker, marked = solution.rpartition("####")
+    if marker and (not before or before.endswith("\n")):
+        solution = marked.strip()
     return Extraction(solution, "plain") if is_plain_answer(solution) else Extraction(None, "prose")
 
 

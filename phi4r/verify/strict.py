@@ -10,12 +10,14 @@ this process.
                                                        ("rounded")
 4. one of them is a plain word                      -> wrong     ("word"): words are equal as strings or not
 5. too long, too deep, too explosive to evaluate    -> error     ("too_complex"): not graded, so not "wrong"
-6. different number bases (`1010_2`, `1010_3`)      -> wrong     ("subscript")
+6. several answers where one is asked for           -> wrong     ("list"): `7,8`, and `7,7` too
+7. different number bases (`1010_2`, `1010_3`)      -> wrong     ("subscript")
 
-What is left needs `compare_symbolically` (math-verify, in a worker process): `("symbolic")` correct or
-wrong, with positives re-checked, because math-verify compares floating-point numbers at about 6 digits (it
-takes 1/2^99 for 1/2^98). `("unparsed")`: an answer that is not mathematics is wrong; a gold answer that is
-not is an error of the data.
+What is left needs `compare_symbolically` (math-verify, in a worker process), "symbolic": correct or wrong,
+positives re-checked, because math-verify compares floating-point numbers at about 6 digits (it takes 1/2^99
+for 1/2^98). A percentage equals both `7` and `0.07`, and a number base that only one side names is
+overlooked: problems state them either way. "unparsed": an answer that is not mathematics is wrong; a gold
+answer that is not is an error of the data.
 """
 
 from __future__ import annotations
@@ -102,7 +104,7 @@ def normalise(answer: str) -> str:
     text = answer.translate(_UNICODE).strip()
     if text.startswith("**") and text.endswith("**") and len(text) > 4:
         text = text[2:-2].strip()
-    text = text.replace(r"\$", "").strip("$").strip()
+    text = text.replace(r"\$", "").rstrip(". ").strip("$").strip()
     if _GROUPED_NUMBER.fullmatch(text.rstrip(".")):
         return _THOUSANDS.sub("", text.rstrip("."))
     text = _DROPPED.sub("", text).replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac")
@@ -218,6 +220,18 @@ def is_too_complex(text: str) -> bool:
     )
 
 
+def _lists_several(text: str) -> bool:
+    """Whether a comma stands outside all brackets, as in `7,8`: math-verify takes `7,7` for the set {7},
+    and so for 7.
+    """
+    depth = 0
+    for symbol in _THOUSANDS.sub("", text):
+        depth += (symbol in "([{") - (symbol in ")]}")
+        if symbol == "," and depth <= 0:
+            return True
+    return False
+
+
 def compare_quickly(gold: str, answer: str) -> tuple[Outcome, str] | SymbolicQuestion:
     """Settle bare answers without algebra, or return the question that a worker must settle."""
     gold_text, answer_text = normalise(gold), normalise(answer)
@@ -240,6 +254,8 @@ def compare_quickly(gold: str, answer: str) -> tuple[Outcome, str] | SymbolicQue
         return "wrong", "word"
     if is_too_complex(answer_text) or is_too_complex(gold_text):
         return "error", "too_complex"
+    if "," not in gold_text and r"\pm" not in gold_text and _lists_several(answer_text):
+        return "wrong", "list"
     gold_base, answer_base = _SUBSCRIPT.search(gold_text), _SUBSCRIPT.search(answer_text)
     if gold_base and answer_base and gold_base[1] != answer_base[1]:
         return "wrong", "subscript"

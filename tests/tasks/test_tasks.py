@@ -30,12 +30,12 @@ def problem_of(task: str, text: str, answer: str) -> Problem:
 
 
 def test_a_stream_is_fixed_for_all_time() -> None:
-    stream = CounterStream("a", 1, 2)
-    assert [stream.bits() for _ in range(3)] == [
-        1486303652371137577,
-        8361556264567129105,
-        1744188012914480590,
-    ]
+    stream = CounterStream("any")
+    stream._state = 0
+    # splitmix64 from state 0, as published with the generator.
+    assert [stream.bits() for _ in range(3)] == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    texts = [get_task("modchain").generate(0, index).problem for index in range(3)]
+    assert texts == ["8*6*7%10?", "8-0-0+1%10?", "4*3-4%10?"]
 
 
 def test_streams_with_different_keys_differ_and_cannot_be_confused() -> None:
@@ -125,9 +125,9 @@ def test_an_unknown_task_is_named_with_the_known_ones() -> None:
 
 
 def test_tasks_import_neither_torch_nor_sympy() -> None:
-    code = "import sys, phi4r.tasks, phi4r.rl.types; print([m for m in ('torch', 'sympy', 'megatron') if m in sys.modules])"
+    code = "import sys, phi4r.tasks, phi4r.rl.types; print({'torch', 'sympy', 'megatron'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == "set()"
 
 
 # --- each task
@@ -182,10 +182,8 @@ def test_addition_columns_spell_the_answer() -> None:
         sums = [int(step.partition("=")[2]) for step in think.split(";")]
         written = "".join(str(total % 10) for total in sums[:-1])[::-1]
         assert str(sums[-1]) + written == final
-        assert all(
-            sum(map(int, left.split("+"))) == int(right)
-            for left, right in re.findall(r"([\d+]+)=(\d+)", think)
-        )
+        for left, right in re.findall(r"([\d+]+)=(\d+)", think):
+            assert sum(map(int, left.split("+"))) == int(right)
 
 
 COUNTDOWN = problem_of("countdown", "3,5,7=56?", "(3+5)*7")
@@ -209,15 +207,20 @@ def test_countdown_takes_any_expression_with_the_numbers_and_the_value(text: str
     assert get_task("countdown").check(COUNTDOWN, text)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "56", "7*8", "3+5*7", "(3+5)*7*1", "(3+5)*7+0", "(3+5)*7=57", "(3+5)*7=", "(3+5)7", "(3+5)*7)", "((3+5)*7", "3,5,7", "57-1",
-        "(3+5)*7/(7-7)", "(3+5)**7", "__import__('os')", "(35)*7", "", "()", "+", "1/0", "(" * 5000, "-" * 5000 + "7", "9" * 5000,
-    ],
-)  # fmt: skip
+WRONG_COUNTDOWN = """
+    56;7*8;3+5*7;(3+5)*7*1;(3+5)*7+0;(3+5)*7=57;(3+5)*7=;(3+5)7;(3+5)*7);((3+5)*7;3,5,7;57-1;(3+5)*7/(7-7);(3+5)**7;
+    __import__('os');(35)*7;();+;1/0
+"""
+
+
+@pytest.mark.parametrize("text", ["", *(text.strip() for text in WRONG_COUNTDOWN.split(";"))])
 def test_countdown_takes_nothing_else(text: str) -> None:
     assert not get_task("countdown").check(COUNTDOWN, text)
+
+
+def test_countdown_refuses_long_nonsense_at_once() -> None:
+    for text in ("(" * 90, "-" * 90 + "7", "(" * 100_000, "-" * 100_000 + "7", "9" * 100_000):
+        assert not get_task("countdown").check(COUNTDOWN, rf"\boxed{{{text}}}")
 
 
 def test_countdown_divides_exactly() -> None:
@@ -225,8 +228,18 @@ def test_countdown_divides_exactly() -> None:
     assert evaluate("1/3+1/6") == (Fraction(1, 2), [1, 3, 1, 6])
 
 
-@given(st.recursive(st.integers(1, 99).map(str), lambda inner: st.tuples(inner, st.sampled_from("+-*"), inner).map(
-    lambda parts: f"({parts[0]}{parts[1]}{parts[2]})"), max_leaves=8))  # fmt: skip
+def joined(parts: tuple[str, str, str]) -> str:
+    return f"({parts[0]}{parts[1]}{parts[2]})"
+
+
+EXPRESSIONS = st.recursive(
+    st.integers(1, 99).map(str),
+    lambda inner: st.tuples(inner, st.sampled_from("+-*"), inner).map(joined),
+    max_leaves=8,
+)
+
+
+@given(EXPRESSIONS)
 @settings(deadline=None)
 def test_the_evaluator_agrees_with_python(text: str) -> None:
     plain = text[1:-1] if text.startswith("(") else text
@@ -269,21 +282,11 @@ def test_responses_of_all_tasks_are_graded_in_order_and_generated_ones_need_no_p
     chain = problem_of("modchain", "3*7+5-9%10?", "7")
     algebra = problem_of("math", "Expand (x+1)^2", "x^2+2x+1")
     with VerifierPool(1, timeout_s=20) as pool:
-        quick = grade_responses(
-            [(chain, "<think></think>7"), (COUNTDOWN, "<think></think>56"), (chain, "<think>7")], pool
-        )
-        assert [verdict.outcome for verdict in quick] == ["correct", "wrong", "no_answer"]
+        quick = [(chain, "<think></think>7"), (COUNTDOWN, "<think></think>56"), (chain, "<think>7")]
+        outcomes = [verdict.outcome for verdict in grade_responses(quick, pool)]
+        assert outcomes == ["correct", "wrong", "no_answer"]
         assert pool.num_started == 0
-        mixed = [
-            (algebra, r"\boxed{(x+1)^2}"),
-            (chain, "<think>1</think>3"),
-            (algebra, r"\boxed{(x+2)^2}"),
-            (algebra, ""),
-        ]
-        assert [verdict.outcome for verdict in grade_responses(mixed, pool)] == [
-            "correct",
-            "wrong",
-            "wrong",
-            "no_answer",
-        ]
+        mixed = [(algebra, r"\boxed{(x+1)^2}"), (chain, "<think>1</think>3"), (algebra, r"\boxed{(x+2)^2}")]
+        outcomes = [verdict.outcome for verdict in grade_responses([*mixed, (algebra, "")], pool)]
+        assert outcomes == ["correct", "wrong", "wrong", "no_answer"]
         assert pool.num_started == 1

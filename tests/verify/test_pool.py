@@ -1,0 +1,238 @@
+"""Workers that hang, crash or die cost one question each, never the pool."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from phi4r.verify.pool import VerifierPool, VerifierUnavailableError
+
+# Passes the complexity gate, and sympy works on it for minutes.
+HANGS = r"\sum_{k=1}^{n} \prod_{j=1}^{k} \sin(j^{k}x)^{7}\cos(x^{j})+\int_0^1 \sin(x^{x^2}+e^{x})^{9} dx"
+BOXED = r"<think>hm</think>So \boxed{%s}."
+
+
+def job(gold: str, answer: str) -> tuple[str, str]:
+    return gold, BOXED % answer
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[VerifierPool]:
+    """Two warm workers with a short deadline, used by all tests here: each leaves the pool usable or fails
+    the next.
+    """
+    with VerifierPool(2, timeout_s=2.0) as pool:
+        pool.warm()
+        yield pool
+
+
+ALGEBRA = [
+    ("x+1", "1+x", "correct"),
+    (r"\frac{\sqrt3}{2}", r"\sin(\pi/3)", "correct"),
+    (r"\{1,2\}", r"\{2,1\}", "correct"),
+    ("[0,1)", r"0\le x<1", "correct"),
+    ("5", "x=5", "correct"),
+    ("8", "2^3", "correct"),
+    (r"x^2+2x+1", "(x+1)^2", "correct"),
+    ("8", "2^4", "wrong"),
+    ("[0,1]", "(0,1)", "wrong"),
+    ("(1,2)", "(2,1)", "wrong"),
+    ("x=5", "y=5", "wrong"),
+    # math-verify alone takes these for equal.
+    ("1/2^{99}", "1/2^{98}", "wrong"),
+    ("1/204!", "1/206!", "wrong"),
+    (r"1+\frac{1}{e}", r"1-\frac{1}{\mathrm{e}}", "wrong"),
+    ("0", "2^{-99}", "wrong"),
+    ("7", r"\frac{1}", "wrong"),
+    (r"\frac{1}", "7", "error"),
+]
+
+
+def test_algebra_is_settled_by_workers_in_the_order_of_the_jobs(pool: VerifierPool) -> None:
+    verdicts = pool.map([job(gold, answer) for gold, answer, _ in ALGEBRA])
+    assert [verdict.outcome for verdict in verdicts] == [outcome for _, _, outcome in ALGEBRA]
+    assert [verdict.answer for verdict in verdicts] == [answer for _, answer, _ in ALGEBRA]
+    assert all(0 < verdict.seconds < 60 for verdict in verdicts)
+
+
+def test_four_hanging_answers_do_not_wedge_two_workers(pool: VerifierPool) -> None:
+    killed = pool.num_killed
+    good = [job("x+1", "1+x"), job("x+1", "x+2")]
+    jobs = [job("1", HANGS + f"+{k}") for k in range(4)] + good * 3
+    started = time.monotonic()
+    outcomes = [verdict.outcome for verdict in pool.map(jobs)]
+    assert outcomes == ["timeout"] * 4 + ["correct", "wrong"] * 3
+    assert pool.num_killed == killed + 4
+    # Two rounds of hanging, each at most four times the deadline, and four starts on a busy machine.
+    assert time.monotonic() - started < 60
+    assert [verdict.outcome for verdict in pool.map(good)] == ["correct", "wrong"]
+
+
+def test_a_killed_worker_is_replaced_and_the_next_answers_are_right(pool: VerifierPool) -> None:
+    before = pool.worker_pids()
+    for pid in before:
+        os.kill(pid, signal.SIGKILL)
+    outcomes = [verdict.outcome for verdict in pool.map([job("x+1", "1+x")] * 4)]
+    assert outcomes.count("correct") >= 2
+    assert set(outcomes) <= {"correct", "error"}
+    assert [verdict.outcome for verdict in pool.map([job("x+1", "1+x")] * 4)] == ["correct"] * 4
+    assert not set(before) & set(pool.worker_pids())
+
+
+def test_a_worker_killed_at_its_question_makes_that_one_an_error_and_no_other(pool: VerifierPool) -> None:
+    pool.warm()
+
+    def kill_the_busy_one() -> None:
+        while not (busy := [worker.pid for worker in pool._workers if worker.task is not None]):
+            time.sleep(0.01)
+        os.kill(busy[0], signal.SIGKILL)
+
+    thread = threading.Thread(target=kill_the_busy_one)
+    thread.start()
+    outcomes = [verdict.outcome for verdict in pool.map([job("1", HANGS), job("7", "7"), job("7", "8")])]
+    thread.join()
+    assert outcomes == ["error", "correct", "wrong"]
+    assert pool.grade("x+1", BOXED % "1+x").outcome == "correct"
+
+
+ADVERSARIAL = [
+    *(
+        "9^{9^9}",
+        r"9^{9^{9^{9}}}",
+        "((9!)!)!",
+        "(10^8)!",
+        r"\binom{10^9}{5\cdot 10^8}",
+        r"\prod_{k=1}^{10^7} k",
+    ),
+    *("7" * 100_000, "x" * 100_000, r"\frac{" * 400 + "1", "(" * 5000, "{" * 5000, r"\boxed{" * 20_000),
+    *(
+        r"\boxed{\boxed{8}}",
+        "7,7",
+        "7, 8",
+        "{7},{7}",
+        "７",
+        "Ⅶ",
+        "٧" * 50,
+        "💥7",
+        "\x00",
+        "7\u200b8",
+        "$7$8",
+        r"7\\8",
+    ),
+    *(
+        "__import__('os').system('true')",
+        r"\input{/etc/passwd}",
+        "1/0",
+        r"\frac{0}{0}",
+        "nan",
+        "inf",
+        r"\infty",
+    ),
+    *(
+        "-7",
+        "7i",
+        "6.9999",
+        "7 or 8",
+        "7!",
+        "[7,8]",
+        r"\{7,8\}",
+        "x=8",
+        "7=8",
+        "7x",
+        "7<8",
+        r"7\neq 7",
+    ),
+]
+
+
+def test_hostile_answers_are_never_right_and_never_hang(pool: VerifierPool) -> None:
+    started = time.monotonic()
+    verdicts = pool.map([job("7", answer) for answer in ADVERSARIAL])
+    assert [
+        answer[:20] for answer, verdict in zip(ADVERSARIAL, verdicts, strict=True) if verdict.correct
+    ] == []
+    assert time.monotonic() - started < 60
+    assert pool.grade("x+1", BOXED % "1+x").correct
+
+
+def test_answers_that_need_no_algebra_start_no_process() -> None:
+    with VerifierPool(2) as idle:
+        outcomes = [
+            v.outcome
+            for v in idle.map([("7", "<think></think>7"), ("1/2", r"\boxed{0.5}"), ("7", "8"), ("7", "")])
+        ]
+        assert outcomes == ["correct", "correct", "wrong", "no_answer"]
+        assert idle.num_started == 0
+        assert idle.map([]) == []
+
+
+def test_progress_counts_every_job_once(pool: VerifierPool) -> None:
+    counts: list[int] = []
+    pool.map([job("x+1", "1+x"), job("7", "7"), job("7", "8"), job("8", "2^3")], on_done=counts.append)
+    assert sum(counts) == 4
+    assert counts[0] == 2
+
+
+def test_workers_have_a_memory_limit_and_no_secrets(
+    pool: VerifierPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for pid in pool.worker_pids():
+        with open(f"/proc/{pid}/limits") as file:
+            limits = {line[:26].strip(): line[26:].split()[0] for line in file}
+        assert limits["Max address space"] == str(2**30)
+        assert limits["Max core file size"] == limits["Max file size"] == "0"
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    with VerifierPool(1) as other:
+        other.warm()
+        with open(f"/proc/{other.worker_pids()[0]}/environ") as file:
+            assert "secret" not in file.read()
+
+
+def test_workers_that_cannot_start_are_our_error_and_nobodys_reward() -> None:
+    # Python itself needs more than this.
+    with (
+        VerifierPool(1, memory_gib=0.02) as starved,
+        pytest.raises(VerifierUnavailableError, match="memory-gib"),
+    ):
+        starved.map([job("x+1", "1+x")])
+
+
+def test_an_interrupted_map_leaves_no_stale_answer_behind(pool: VerifierPool) -> None:
+    def interrupt(_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pool.map([job("x+1", "1+x"), job("x+1", "x+3"), job("x+1", "x+4")], on_done=interrupt)
+    assert [verdict.outcome for verdict in pool.map([job("x+2", "2+x")] * 3)] == ["correct"] * 3
+
+
+def test_workers_end_with_the_process_that_started_them() -> None:
+    code = (
+        "from phi4r.verify.pool import VerifierPool\n"
+        "import os\n"
+        "pool = VerifierPool(1); pool.warm(); print(pool.worker_pids()[0], flush=True); os._exit(1)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    pid = int(done.stdout)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and os.path.exists(f"/proc/{pid}"):
+        with open(f"/proc/{pid}/stat") as file:
+            if file.read().rpartition(")")[2].split()[0] == "Z":
+                break
+        time.sleep(0.05)
+    else:
+        assert not os.path.exists(f"/proc/{pid}")
+
+
+def test_bad_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="workers"):
+        VerifierPool(0)
+    with pytest.raises(ValueError, match="positive"):
+        VerifierPool(1, timeout_s=0)
