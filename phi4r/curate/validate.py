@@ -99,10 +99,11 @@ def same_answer(a: Problem, b: Problem) -> bool:
 
 
 def tidy(problem: Problem) -> Problem:
-    """The problem without white space that says nothing: outer space, and all of it where the task's alphabet
-    has none."""
+    """The problem without white space that says nothing: outer space, and all of it in a text written in the
+    alphabet of a task that has no space."""
     text = problem.problem.strip()
     alphabet = get_task(problem.task).alphabet
-    if alphabet and " " not in alphabet:
-        text = "".join(text.split())
+    joined = "".join(text.split())
+    if " " not in alphabet and set(joined) <= set(alphabet):
+        text = joined
     return problem if text == problem.problem else replace(problem, problem=text)

@@ -49,6 +49,7 @@ def test_white_space_that_says_nothing_is_tidied() -> None:
     assert tidy(replace(CHAIN, problem=" 3 * 7+5\t-9 % 10?\n")) == CHAIN
     assert tidy(replace(STORY, problem=f" {STORY.problem}\n")) == STORY
     assert tidy(STORY) is STORY
+    assert tidy(replace(CHAIN, problem="what is 3 * 7?")).problem == "what is 3 * 7?"  # not of this task
 
 
 def test_answers_are_compared_by_the_task() -> None:
