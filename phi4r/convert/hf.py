@@ -80,8 +80,10 @@ def _new_folder(dst: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.rename(dst)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary)
+        if isinstance(error, OSError):
+            raise UserError(f"{dst}: cannot be written: {error}") from None
         raise
 
 

@@ -96,7 +96,11 @@ class StreamWriter:
             self._file = open(self.folder / f"__0_{self._num_files}.distcp", "wb")
             self._num_files += 1
         start = self._file.tell()
-        torch.save(tensor, self._file)
+        try:
+            torch.save(tensor, self._file)
+        except RuntimeError as error:
+            # torch puts an error of its own before the file's (a full disk)
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
         length = self._file.tell() - start
         stored = self._tensors.setdefault(
             key, TensorStorageMetadata(TensorProperties.create_from_tensor(tensor), torch.Size(size), [])

@@ -5,6 +5,7 @@ culprit.
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import struct
 import subprocess
@@ -141,6 +142,11 @@ def test_a_head_dim_of_its_own_survives(tmp_path: Path) -> None:
     assert read_model_config(tmp_path / "phi4r").head_dim == 16
     assert read_hf_config(tmp_path / "back").head_dim == 16
     Phi3ForCausalLM.from_pretrained(tmp_path / "back")
+    # also where no original config says it: a model that was trained here
+    (tmp_path / "config.json").write_text(
+        json.dumps(hf_config(read_model_config(tmp_path / "phi4r"), {}, (), None))
+    )
+    assert read_hf_config(tmp_path) == read_model_config(tmp_path / "phi4r")
 
 
 def test_tokenizer_generation_config_and_chat_template_travel(
@@ -304,6 +310,21 @@ def test_an_existing_destination_is_left_alone(
         with pytest.raises(UserError, match="exists already"):
             main(direction, source, tmp_path)  # type: ignore[arg-type]
     assert [path.name for path in tmp_path.iterdir()] == ["keep.txt"]
+
+
+def test_a_conversion_that_runs_out_of_disk_leaves_nothing_behind(
+    hf: tuple[Path, Phi3ForCausalLM], checkpoint: Path, tmp_path: Path
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for direction, source in (("hf-to-phi4r", hf[0]), ("phi4r-to-hf", checkpoint)):
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+            with pytest.raises(UserError, match=r"new: cannot be written: .*File too large") as caught:
+                main(direction, source, tmp_path / "new")  # type: ignore[arg-type]
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert "\n" not in str(caught.value)
+        assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_checkpoint_is_not_exported(checkpoint: Path, tmp_path: Path) -> None:
