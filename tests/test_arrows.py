@@ -125,6 +125,8 @@ def test_login_node_code_starts_without_torch() -> None:
     modules = []
     for place in NO_TORCH:
         for path in files(f"phi4r/{place}"):
+            if path.name == "run.py":  # a stage's program: it runs inside a rank, where the model is
+                continue
             parts = path.relative_to(ROOT).with_suffix("").parts
             modules.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
     code = f"import importlib, sys\nfor name in {modules!r}:\n    importlib.import_module(name)\n"

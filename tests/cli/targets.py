@@ -9,3 +9,8 @@ def crash() -> None:
 def interrupt() -> None:
     """Ctrl-C."""
     raise KeyboardInterrupt
+
+
+def speak() -> None:
+    """Output that stays in the buffer until the end."""
+    print("hello")
