@@ -28,8 +28,6 @@ from phi4r.verify.strict import Outcome, SymbolicQuestion, Verdict, decide_quick
 
 # A worker may be waiting for a core: its deadline counts CPU time; on the wall it has this many times more.
 WALL_FACTOR = 4.0
-# sympy's caches grow; a fresh worker now and then keeps its memory bounded.
-RECYCLE_AFTER = 2000
 START_TIMEOUT_S = 120.0
 MAX_START_FAILURES = 3
 
@@ -168,11 +166,14 @@ class VerifierPool:
     """Grades responses; a context manager.
 
     `workers`: processes for symbolic questions. `timeout_s`: CPU seconds a question may use (and four times
-    that on the wall); a worker beyond it is killed. `memory_gib`: address space of each worker. Not for use
-    from several threads. `num_started`, `num_killed`: workers so far, for metrics and tests.
+    that on the wall); a worker beyond it is killed. `memory_gib`: address space of each worker.
+    `recycle_after`: questions after which a worker is replaced, for sympy's caches grow. Not for use from
+    several threads. `num_started`, `num_killed`: workers so far, for metrics and tests.
     """
 
-    def __init__(self, workers: int = 2, timeout_s: float = 5.0, memory_gib: float = 1.0) -> None:
+    def __init__(
+        self, workers: int = 2, timeout_s: float = 5.0, memory_gib: float = 1.0, recycle_after: int = 2000
+    ) -> None:
         if workers < 1:
             raise ValueError(f"workers must be 1 or more, found {workers}")
         if not timeout_s > 0 or not memory_gib > 0:
@@ -180,6 +181,7 @@ class VerifierPool:
         self.num_workers = workers
         self.timeout_s = timeout_s
         self.memory_gib = memory_gib
+        self.recycle_after = recycle_after
         self.num_started = 0
         self.num_killed = 0
         self._start_failures = 0
@@ -268,7 +270,7 @@ class VerifierPool:
                 self._start_missing(min(self.num_workers, busy + len(waiting)), selector)
                 for worker in list(self._workers):
                     if waiting and worker.ready and worker.task is None:
-                        if worker.num_done >= RECYCLE_AFTER:
+                        if worker.num_done >= self.recycle_after:
                             self._remove(worker, selector, kill=False)
                         elif worker.give(waiting[0]):
                             waiting.popleft()

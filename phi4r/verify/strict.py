@@ -104,7 +104,7 @@ def normalise(answer: str) -> str:
     text = answer.translate(_UNICODE).strip()
     if text.startswith("**") and text.endswith("**") and len(text) > 4:
         text = text[2:-2].strip()
-    text = text.replace(r"\$", "").rstrip(". ").strip("$").strip()
+    text = text.replace(r"\$", "").rstrip(". ").strip("$").lstrip("= ").rstrip()
     if _GROUPED_NUMBER.fullmatch(text.rstrip(".")):
         return _THOUSANDS.sub("", text.rstrip("."))
     text = _DROPPED.sub("", text).replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac")

@@ -50,7 +50,10 @@ ALGEBRA = [
     ("1/204!", "1/206!", "wrong"),
     (r"1+\frac{1}{e}", r"1-\frac{1}{\mathrm{e}}", "wrong"),
     ("0", "2^{-99}", "wrong"),
-    ("7", r"\frac{1}", "wrong"),
+    # Nor does a number in the middle of what cannot be parsed count.
+    ("7", r"x \mapsto 7", "wrong"),
+    ("8", "7 & 8", "wrong"),
+    ("7", "7^", "wrong"),
     (r"\frac{1}", "7", "error"),
 ]
 
@@ -208,8 +211,10 @@ def test_an_interrupted_map_leaves_no_stale_answer_behind(pool: VerifierPool) ->
     def interrupt(_: int) -> None:
         raise KeyboardInterrupt
 
+    pool.warm()
     with pytest.raises(KeyboardInterrupt):
-        pool.map([job("x+1", "1+x"), job("x+1", "x+3"), job("x+1", "x+4")], on_done=interrupt)
+        pool.map([job("x+1", "1+x"), job("1", HANGS)], on_done=interrupt)
+    # Left alone, the second worker would be late and its "timeout" land on the second of these.
     assert [verdict.outcome for verdict in pool.map([job("x+2", "2+x")] * 3)] == ["correct"] * 3
 
 
@@ -229,6 +234,12 @@ def test_workers_end_with_the_process_that_started_them() -> None:
         time.sleep(0.05)
     else:
         assert not os.path.exists(f"/proc/{pid}")
+
+
+def test_workers_are_replaced_after_a_number_of_questions() -> None:
+    with VerifierPool(1, timeout_s=10, recycle_after=2) as pool:
+        assert [verdict.outcome for verdict in pool.map([job("x+1", "1+x")] * 3)] == ["correct"] * 3
+        assert (pool.num_started, pool.num_killed) == (2, 0)
 
 
 def test_bad_settings_are_refused() -> None:

@@ -25,6 +25,7 @@ from phi4r.verify.strict import (
         ("7", "7", "string"),
         ("7", " $7$. ", "string"),
         ("7", "**7**", "string"),
+        ("7", "= 7", "string"),
         ("10000", r"10\,000", "string"),
         ("10,000", "10000", "string"),
         ("10000", "10{,}000", "string"),
