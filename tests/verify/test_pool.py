@@ -74,7 +74,7 @@ def test_four_hanging_answers_do_not_wedge_two_workers(pool: VerifierPool) -> No
     assert outcomes == ["timeout"] * 4 + ["correct", "wrong"] * 3
     assert pool.num_killed == killed + 4
     # Two rounds of hanging, each at most four times the deadline, and four starts on a busy machine.
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 120
     assert [verdict.outcome for verdict in pool.map(good)] == ["correct", "wrong"]
 
 
@@ -161,7 +161,7 @@ def test_hostile_answers_are_never_right_and_never_hang(pool: VerifierPool) -> N
     assert [
         answer[:20] for answer, verdict in zip(ADVERSARIAL, verdicts, strict=True) if verdict.correct
     ] == []
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 120
     assert pool.grade("x+1", BOXED % "1+x").correct
 
 
