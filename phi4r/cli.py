@@ -185,14 +185,17 @@ def _run_stage(stage: str, loaded: Loaded, run_dir: str, dry_run: bool, *argumen
         return
     from phi4r.configs.load import prepare_run_dir
     from phi4r.console import is_main_rank, say
-    from phi4r.parallel.launch import run_handler
+    from phi4r.parallel.launch import find_target, run_handler
 
     if is_main_rank():
         for change in prepare_run_dir(loaded.config, folder):
             say(f"changed since the last start: {change}")
-    parallel = loaded.config.parallel
+    target, arguments = COMMANDS[stage].target, (loaded.config, *arguments, folder)
     try:
-        run_handler(COMMANDS[stage].target, [loaded.config, *arguments, folder], parallel, folder)
+        if stage == "curate":  # runs in this process, and starts ranks where it needs a model
+            find_target(target)(*arguments)
+        else:
+            run_handler(target, arguments, loaded.config.parallel, folder)
     except KeyboardInterrupt:
         raise InterruptedRunError(
             f"interrupted; the same command with --run-dir {folder} goes on from there"
@@ -380,12 +383,13 @@ def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Folder to read")],
     destination: Annotated[str, typer.Argument(metavar="DST", help="Folder to write")],
 ) -> None:
-    from phi4r.parallel.launch import run_handler
+    from phi4r.parallel.launch import find_target
 
     if direction not in ("hf-to-phi4r", "phi4r-to-hf"):
         raise UserError(f"convert: expected hf-to-phi4r or phi4r-to-hf, got {direction!r}")
     parallel = _parallel(ctx)
-    run_handler(COMMANDS["convert"].target, [direction, Path(source), Path(destination), parallel], parallel)
+    # No ranks: a checkpoint has no layout in it, so the layout is only checked.
+    find_target(COMMANDS["convert"].target)(direction, Path(source), Path(destination), parallel)
 
 
 @_command("verify")
@@ -507,10 +511,6 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
     except (InterruptedRunError, KeyboardInterrupt) as error:
         print(f"{name}: {str(error) or 'interrupted'}", file=sys.stderr)
         code = 130
-    except BrokenPipeError:
-        # Whoever read our output has gone (`| head`); keep the interpreter from complaining about it on exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
     except Exception as error:  # noqa: BLE001  (anything else is our bug: show it whole, exit 1)
         if type(error).__name__ == "RankError":
             print(f"{name}: {error}", file=sys.stderr)

@@ -25,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,8 +86,21 @@ def decode(value: Any) -> Any:
     return value
 
 
+def quiet_known_warnings() -> None:
+    """Keep from the console what megatron-core and torch say on every run and nobody can act on.
+
+    megatron-core announces each optional package it does without (`phi4r doctor` lists them), and calls
+    collectives by names that torch is about to change.
+    """
+    warnings.filterwarnings("ignore", module="megatron")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+
+
 def find_target(target: str) -> Callable[..., Any]:
-    """The function that "package.module:function" names."""
+    """The function that "package.module:function" names. Its module is imported without the known
+    warnings."""
+    quiet_known_warnings()
     module, _, name = target.partition(":")
     function: Callable[..., Any] = getattr(importlib.import_module(module), name)
     return function
