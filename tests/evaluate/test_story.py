@@ -9,7 +9,8 @@ from phi4r.evaluate.results import Record, Results, SummarySettings, compare, su
 SETTINGS = SummarySettings(bootstrap=300, permutations=2000)
 
 
-def results(correct_QR: np.ndarray, tokens: int = 10, **changes: object) -> Results:
+def results(correct_QR: np.ndarray, tokens: int | np.ndarray = 10, **changes: object) -> Results:
+    tokens_QR = np.arange(len(correct_QR))[:, None] % 3 + np.broadcast_to(tokens, correct_QR.shape)
     return Results(
         Record(
             problem_id=f"p{question:03d}",
@@ -18,7 +19,7 @@ def results(correct_QR: np.ndarray, tokens: int = 10, **changes: object) -> Resu
             correct=bool(right),
             outcome="correct" if right else str(changes.get("wrong_as", "wrong")),
             answer="1",
-            num_tokens=tokens + question % 3,
+            num_tokens=int(tokens_QR[question, run]),
             finished=bool(changes.get("finished", True)),
             text=f"<think></think>{question}.{run}" if changes.get("texts") else None,
         )
@@ -83,14 +84,16 @@ def test_one_evaluation_is_told_alone_and_none_not_at_all():
 def test_samples_are_picked_by_rule_and_include_a_failure():
     before = np.array([[0, 0], [1, 1], [0, 1], [1, 0]], dtype=bool)
     after = np.array([[1, 1], [1, 1], [1, 1], [0, 1]], dtype=bool)
-    pairs = story.pick_pairs(results(before, texts=True), results(after, texts=True))
+    longer = np.full(after.shape, 10)
+    longer[1, 1] = 30
+    pairs = story.pick_pairs(results(before, texts=True), results(after, longer, texts=True))
     assert [(pair.before.problem_id, pair.reason) for pair in pairs] == [
         ("p000", "wrong before, right after"),
         ("p002", "wrong before, right after"),
         ("p001", "right both times, with the largest change in length"),
         ("p003", "right before, wrong after"),
     ]
-    assert all(pair.before.run == pair.after.run for pair in pairs)
+    assert [(pair.before.run, pair.after.run) for pair in pairs] == [(0, 0), (0, 0), (1, 1), (0, 0)]
     assert story.pick_pairs(results(before), results(after)) == []  # without texts there is nothing to show
 
 
