@@ -410,11 +410,21 @@ def load_parallel(overrides: Iterable[str]) -> ParallelConfig:
         raise ConfigError(error.key, error.reason, COMMAND_LINE) from None
 
 
+# What may differ when a training run is continued: it changes speed, output or length, not the run itself.
+MAY_CHANGE_SECTIONS = ("parallel", "checkpoint", "log")
+MAY_CHANGE_KEYS = ("train.num_steps", "train.eval_every", "train.recompute", "train.logit_chunk_size")
+
+
+def _may_change(stage: str, key: str) -> bool:
+    return stage not in ("sft", "rl") or key.split(".")[0] in MAY_CHANGE_SECTIONS or key in MAY_CHANGE_KEYS
+
+
 def prepare_run_dir(config: StageConfig, run_dir: str | Path) -> list[str]:
     """Write RUN_DIR/config.json and return what changed since the run that is there already
     (`key: old -> new`).
 
-    Raises UserError if the folder holds a run of another stage, or something that is no run.
+    Raises UserError if the folder holds a run of another stage, or something that is no run, or a training run that was
+    started with other settings than those that may change: continuing it would make it neither the one nor the other.
     """
     run_dir = Path(run_dir)
     stage = next(name for name, cls in STAGES.items() if isinstance(config, cls))
@@ -431,10 +441,15 @@ def prepare_run_dir(config: StageConfig, run_dir: str | Path) -> list[str]:
                 f"{run_dir}: holds a {before['stage']} run; choose another run folder for {stage}"
             )
         old, new = (dict(_leaves(tree)) for tree in (before["config"], as_dict(config)))
-        changes = [
-            f"{'.'.join(key)}: {old.get(key)!r} -> {value!r}"
-            for key, value in new.items()
-            if old.get(key) != value
-        ]
+        for parts, value in new.items():
+            key = ".".join(parts)
+            if old.get(parts) == value:
+                continue
+            if not _may_change(stage, key):
+                raise UserError(
+                    f"{run_dir}: was started with {key} = {old.get(parts)!r}, now {value!r}; continue with the same "
+                    "settings or choose another run folder"
+                )
+            changes.append(f"{key}: {old.get(parts)!r} -> {value!r}")
     write_resolved(config, run_dir)
     return changes

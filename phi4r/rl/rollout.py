@@ -116,17 +116,16 @@ class EmbeddedEngine:
         self,
         requests: Sequence[SampleRequest],
         options: SamplingOptions,
-        on_tokens: Callable[[int], None] | None = None,
+        on_token: Callable[[int], None] | None = None,
     ) -> list[Completion]:
         """Completions of `requests`, in order, on every rank. All ranks must call with the same arguments.
 
-        on_tokens(n) is told of every n new tokens (for progress); one request at a time may be streamed
-        with it.
+        on_token(id) is called with every new token of request 0 on the ranks that sample it (to stream it).
         """
         for chunk in self.engine.chunks:
             chunk.eval()
         mine = range(self.layout.replica, len(requests), self.layout.num_replicas)
-        local = self._generate_local({i: requests[i] for i in mine}, options, on_tokens)
+        local = self._generate_local({i: requests[i] for i in mine}, options, on_token)
         if self.layout.num_replicas > 1:
             shares: list[dict[int, Completion] | None] = [None] * self.layout.world_size
             dist.all_gather_object(shares, local if self.layout.reports else None)
@@ -137,7 +136,7 @@ class EmbeddedEngine:
         self,
         requests: dict[int, SampleRequest],
         options: SamplingOptions,
-        on_tokens: Callable[[int], None] | None,
+        on_token: Callable[[int], None] | None,
     ) -> dict[int, Completion]:
         if not requests:
             return {}
@@ -160,8 +159,10 @@ class EmbeddedEngine:
             else:
                 self._decode(cache, live, options)
                 new = live
-            if on_tokens:
-                on_tokens(len(new))
+            if on_token:
+                for sequence in new:
+                    if sequence.index == 0:
+                        on_token(sequence.tokens[-1])
             self._retire(cache, live, done, options)
         return done
 

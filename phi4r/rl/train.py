@@ -33,7 +33,7 @@ from phi4r.rl.types import Trajectory
 from phi4r.train.engine import Engine, StepResult
 from phi4r.train.loop import open_loop
 from phi4r.train.schedule import learning_rate
-from phi4r.train.session import claim_run_dir, open_frozen, open_tokenizer, resolve_model
+from phi4r.train.session import open_frozen, open_tokenizer, resolve_model
 from phi4r.verify.pool import VerifierPool
 
 # Separate the uses of a run's seed: drawing prompts, sampling, dealing documents to updates.
@@ -44,7 +44,6 @@ def main(cfg: RLConfig, run_dir: Path) -> None:
     """Train, on every rank of the job; the same call with the same run folder resumes."""
     with distributed_session():
         layout = init_layout(cfg.parallel, cfg.seed)
-        claim_run_dir(cfg, "rl", run_dir, layout)
         tokenizer = open_tokenizer(cfg.tokenizer, cfg.init.checkpoint)
         model = resolve_model(cfg.model, tokenizer, cfg.init.checkpoint)
         problems, prompts = load_run_problems(cfg.problems, cfg.rollout, tokenizer, cfg.seed, run_dir, layout)

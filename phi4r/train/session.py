@@ -1,4 +1,4 @@
-"""Opening a model for training or inference: tokenizer, architecture, weights, and what the same run folder may change.
+"""Opening a model for training or inference: tokenizer, architecture, weights.
 
 SFT, GRPO, scoring, generation and evaluation all come through here, so that a checkpoint means the same to each of them.
 """
@@ -6,19 +6,16 @@ SFT, GRPO, scoring, generation and evaluation all come through here, so that a c
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from phi4r.configs.load import resolved_tree
 from phi4r.configs.sections import InitConfig, ModelConfig, ParallelConfig, TokenizerConfig, TrainConfig
-from phi4r.configs.stages import StageConfig, check_layout
+from phi4r.configs.stages import check_layout
 from phi4r.data.tokenizer import Tokenizer
 from phi4r.errors import ConfigError, UserError
 from phi4r.huggingface import HFWeights
-from phi4r.io import atomic_write_json
-from phi4r.model.names import load_weights, random_weights
+from phi4r.model.names import hf_tensors, load_weights, random_weights
 from phi4r.parallel.layout import Layout, init_layout
 from phi4r.train.checkpoint import load_checkpoint, read_model_config, resolve_checkpoint, tokenizer_folder
 from phi4r.train.engine import Engine
@@ -28,15 +25,12 @@ VOCAB_MULTIPLE = 64
 SHAPE_FIELDS = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "head_dim", "rms_norm_eps",
 )  # fmt: skip
-# Sections whose values may differ when a run folder is continued: they change speed or length, not the run itself.
-MAY_CHANGE = ("parallel", "checkpoint", "log")
-MAY_CHANGE_KEYS = ("train.num_steps", "train.eval_every", "train.recompute", "train.logit_chunk_size")
 
 
 def open_tokenizer(config: TokenizerConfig, checkpoint: str = "") -> Tokenizer:
     """The tokenizer of `config.path`, else that of the checkpoint the run starts from, else the built-in one."""
     if config.path or not checkpoint:
-        return Tokenizer.load(config.path)
+        return Tokenizer.load(config.path, config.think_tokens)
     folder = tokenizer_folder(checkpoint)
     if folder is None:
         raise UserError(f"{checkpoint}: holds no tokenizer; set tokenizer.path")
@@ -75,7 +69,7 @@ def fill_weights(engine: Engine, checkpoint: str, seed: int) -> None:
     else:
         if kind == "hf":
             weights = HFWeights(folder)
-            weights.check(_shapes(model))
+            weights.check(hf_tensors(model))
             get_tensor = weights.get_tensor
         else:
             get_tensor = random_weights(model, seed)
@@ -83,30 +77,29 @@ def fill_weights(engine: Engine, checkpoint: str, seed: int) -> None:
     engine.sync_optimizer()
 
 
-def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    from phi4r.model.names import hf_tensors
-
-    return hf_tensors(model)
-
-
 @dataclass
 class Inference:
     """A model opened for sampling or scoring, without an optimizer."""
 
     engine: Engine
-    tokenizer: Tokenizer
     layout: Layout
+    checkpoint: str
+    tokenizer_config: TokenizerConfig
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Opened when first needed: scoring token ids works without one."""
+        return open_tokenizer(self.tokenizer_config, self.checkpoint)
 
 
 def open_inference(checkpoint: str, parallel: ParallelConfig, tokenizer: TokenizerConfig | None = None) -> Inference:
     """Open a phi4r checkpoint, a run folder or a Hugging Face folder under any layout, for inference."""
     layout = init_layout(parallel)
-    opened = open_tokenizer(tokenizer or TokenizerConfig(), checkpoint)
     model = read_model_config(checkpoint)
     check_layout(model, parallel)
     engine = Engine(model, parallel, layout, TrainConfig())
     fill_weights(engine, checkpoint, seed=0)
-    return Inference(engine, opened, layout)
+    return Inference(engine, layout, checkpoint, tokenizer or TokenizerConfig())
 
 
 def open_frozen(engine: Engine, parallel: ParallelConfig, init: InitConfig, seed: int) -> Engine:
@@ -114,38 +107,3 @@ def open_frozen(engine: Engine, parallel: ParallelConfig, init: InitConfig, seed
     frozen = Engine(engine.model_config, parallel, engine.layout, engine.train)
     fill_weights(frozen, init.checkpoint, seed)
     return frozen
-
-
-def claim_run_dir(config: StageConfig, stage: str, run_dir: Path, layout: Layout) -> None:
-    """Write RUN/config.json, or check that a run folder being continued was started with the same settings.
-
-    Layout, logging, checkpointing and the number of steps may change; anything else would make it another run, and is
-    refused with the key and both values. Rank 0 only.
-    """
-    if not layout.is_main:
-        return
-    path = run_dir / "config.json"
-    tree: dict[str, Any] = resolved_tree(stage, config)
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if before.get("stage") != stage:
-            raise UserError(f"{run_dir}: holds a {before.get('stage')} run; choose another --run-dir")
-        for key, (old, new) in _differences(before["config"], tree["config"]).items():
-            if key.split(".")[0] not in MAY_CHANGE and key not in MAY_CHANGE_KEYS:
-                raise UserError(
-                    f"{run_dir}: was started with {key} = {old!r}, now {new!r}; continue with the same settings or choose "
-                    "another --run-dir"
-                )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    atomic_write_json(path, tree)
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    found: dict[str, tuple[Any, Any]] = {}
-    for key in sorted({*old, *new}):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found |= _differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found[f"{prefix}{key}"] = (a, b)
-    return found

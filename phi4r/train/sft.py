@@ -13,7 +13,7 @@ from phi4r.parallel.layout import Layout, broadcast_object, distributed_session,
 from phi4r.train.engine import Engine, sft_loss
 from phi4r.train.loop import open_loop
 from phi4r.train.schedule import learning_rate
-from phi4r.train.session import claim_run_dir, open_tokenizer, resolve_model
+from phi4r.train.session import open_tokenizer, resolve_model
 
 # Separates the stream that shuffles rows from the other streams of a run's seed.
 SHUFFLE_STREAM = 11
@@ -33,7 +33,6 @@ def main(cfg: SFTConfig, run_dir: Path) -> None:
     """Train, on every rank of the job; the same call with the same run folder resumes."""
     with distributed_session():
         layout = init_layout(cfg.parallel, cfg.seed)
-        claim_run_dir(cfg, "sft", run_dir, layout)
         tokenizer = open_tokenizer(cfg.tokenizer, cfg.init.checkpoint)
         model = resolve_model(cfg.model, tokenizer, cfg.init.checkpoint)
         data = load_data(cfg, tokenizer, run_dir, layout)

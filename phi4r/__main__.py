@@ -1,0 +1,5 @@
+"""`python -m phi4r` is the `phi4r` command."""
+
+from phi4r.cli import main
+
+main()

@@ -1,0 +1,116 @@
+"""`phi4r eval`: repeated runs over a set of problems, their statistics, and a paired comparison (reference section 5).
+
+The one module of this folder that samples from a model; the others work on result files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from phi4r.configs.stages import EvalConfig
+from phi4r.console import Progress, console, is_main_rank
+from phi4r.data.records import Problem
+from phi4r.data.render import render_prompt
+from phi4r.errors import UserError
+from phi4r.evaluate.results import (
+    Results,
+    SummarySettings,
+    compare,
+    evaluate_samples,
+    summarise,
+    summary_table,
+    write_results,
+)
+from phi4r.io import atomic_write_json
+from phi4r.parallel.layout import broadcast_object, distributed_session
+from phi4r.rl.grade import to_samples
+from phi4r.rl.problems import get_problems
+from phi4r.rl.rollout import EmbeddedEngine, SampleRequest, SamplingOptions
+from phi4r.rl.types import Sample
+from phi4r.tasks import grade_responses
+from phi4r.train.session import Inference, open_inference
+from phi4r.verify.pool import VerifierPool
+from phi4r.verify.strict import Verdict
+
+EVAL_STREAM = 31
+NUM_SLOTS = 256
+
+
+def main(cfg: EvalConfig, checkpoint: str, run_dir: Path) -> None:
+    """Evaluate `checkpoint`, and `eval.compare` if set, on every rank; rank 0 writes results.jsonl and summary.json."""
+    with distributed_session():
+        settings = SummarySettings(bootstrap=cfg.eval.bootstrap, seed=cfg.seed)
+        before, summaries, gain = None, {}, None
+        if cfg.eval.compare:
+            before = evaluate_checkpoint(cfg, cfg.eval.compare, run_dir / "compare_results.jsonl")
+            summaries["compare"] = summarise(before, settings)
+        results = evaluate_checkpoint(cfg, checkpoint, run_dir / "results.jsonl")
+        summaries["checkpoint"] = summarise(results, settings)
+        document = {"checkpoint": checkpoint, **summaries["checkpoint"]}
+        if before is not None:
+            gain = compare(before, results, settings)
+            document |= {"compare": {"checkpoint": cfg.eval.compare, **summaries["compare"]}, "gain": gain}
+        if is_main_rank():
+            atomic_write_json(run_dir / "summary.json", document)
+        console().print(summary_table(summaries, gain), soft_wrap=False)
+
+
+def evaluate_checkpoint(cfg: EvalConfig, checkpoint: str, path: Path) -> Results:
+    """All runs of one checkpoint; writes the result file on rank 0 and returns the results on every rank."""
+    opened = open_inference(checkpoint, cfg.parallel, cfg.tokenizer)
+    problems = broadcast_object(_problems(cfg, path.parent) if opened.layout.is_main else None)
+    runs = sample_runs(
+        opened,
+        problems,
+        cfg.eval.runs,
+        SamplingOptions(cfg.eval.max_new_tokens, cfg.eval.temperature),
+        (cfg.seed, EVAL_STREAM),
+        cfg.problems.system_message,
+        title=f"eval {Path(checkpoint).name}",
+    )
+    results = None
+    if opened.layout.is_main:
+        with VerifierPool() as pool:
+            results = evaluate_samples(problems, runs, checker(pool), seeds=list(range(cfg.eval.runs)))
+        write_results(path, results)
+    return broadcast_object(results)
+
+
+def _problems(cfg: EvalConfig, run_dir: Path) -> list[Problem]:
+    count = cfg.eval.num_problems
+    problems = get_problems(cfg.problems, cfg.seed, run_dir / "rejects.jsonl", stream="eval", count=count)
+    if not problems:
+        raise UserError("eval: there are no problems")
+    return problems[:count] if count else problems
+
+
+def checker(pool: VerifierPool) -> Callable[[Sequence[Problem], Sequence[Sample]], list[Verdict]]:
+    """The check of evaluation: the one that serves the reward."""
+
+    def check(problems: Sequence[Problem], samples: Sequence[Sample]) -> list[Verdict]:
+        return grade_responses([(p, s.text) for p, s in zip(problems, samples, strict=True)], pool)
+
+    return check
+
+
+def sample_runs(
+    opened: Inference,
+    problems: Sequence[Problem],
+    num_runs: int,
+    options: SamplingOptions,
+    key: tuple[int, ...],
+    system_message: str,
+    title: str,
+) -> list[list[Sample]]:
+    """`samples[run][problem]`: one answer per problem and run. Run r's stream is (key, r, problem index)."""
+    prompts = [tuple(render_prompt(opened.tokenizer, p, system_message)) for p in problems]
+    sampler = EmbeddedEngine(opened.engine, opened.tokenizer.eos_ids, NUM_SLOTS)
+    runs = []
+    with Progress(title, num_runs) as progress:
+        for run in range(num_runs):
+            requests = [SampleRequest(prompt, (*key, run, i)) for i, prompt in enumerate(prompts)]
+            samples = to_samples(sampler.generate(requests, options), prompts, 1, opened.tokenizer)
+            runs.append(samples)
+            progress.update(run + 1, {"mean length": sum(s.num_tokens for s in samples) / len(samples)})
+    return runs

@@ -1,0 +1,76 @@
+"""A run that is killed with SIGKILL and started again leaves the metrics of a run that was never interrupted, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.multiprocess
+
+WALL_CLOCK = ("step_seconds", "tokens_per_second")
+SFT = [
+    "sft", "tiny", "--train.num_steps", "8", "--train.eval_every", "3", "--checkpoint.every", "2", "--checkpoint.keep_last", "1",
+    "--data.num_generated", "160", "--data.heldout", "8", "--optimizer.warmup_steps", "3",
+]  # fmt: skip
+RL = [
+    "rl", "tiny", "--train.num_steps", "6", "--checkpoint.every", "2", "--problems.num_generated", "24",
+    "--rollout.prompts_per_step", "4", "--rollout.group_size", "4", "--rollout.max_new_tokens", "12",
+    "--objective.min_informative", "0", "--objective.updates_per_rollout", "2",
+]  # fmt: skip
+CASES = {
+    "sft": SFT,
+    "sft-dp2": [*SFT, "--parallel.dp", "2"],
+    "rl": RL,
+}
+DEADLINE_S = 240
+
+
+def start(words: list[str], run_dir: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "phi4r", *words, "--run-dir", str(run_dir)]
+    with open(run_dir.parent / f"{run_dir.name}.log", "ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def metrics(run_dir: Path) -> list[dict[str, object]]:
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        return []
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    return [{key: value for key, value in row.items() if key not in WALL_CLOCK} for row in rows]
+
+
+def finish(words: list[str], run_dir: Path) -> None:
+    process = start(words, run_dir)
+    assert process.wait(DEADLINE_S) == 0, (run_dir.parent / f"{run_dir.name}.log").read_text()[-3000:]
+
+
+def kill_after(words: list[str], run_dir: Path, num_rows: int) -> None:
+    """Start, and SIGKILL the whole process group as soon as `num_rows` steps are logged."""
+    process = start(words, run_dir)
+    until = time.monotonic() + DEADLINE_S
+    while len(metrics(run_dir)) < num_rows:
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < until, "no metrics came"
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(30)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_killed_run_continues_bit_for_bit(name: str, tmp_path: Path) -> None:
+    words = CASES[name]
+    finish(words, tmp_path / "whole")
+    kill_after(words, tmp_path / "killed", 3)
+    assert not (tmp_path / "killed" / "checkpoints" / f"step_{len(metrics(tmp_path / 'whole')):06d}").exists()
+    finish(words, tmp_path / "killed")
+    whole, resumed = metrics(tmp_path / "whole"), metrics(tmp_path / "killed")
+    assert [row["step"] for row in resumed] == list(range(1, len(whole) + 1))
+    assert resumed == whole
+    assert "resuming" in (tmp_path / "killed.log").read_text()
