@@ -423,8 +423,9 @@ def prepare_run_dir(config: StageConfig, run_dir: str | Path) -> list[str]:
     """Write RUN_DIR/config.json and return what changed since the run that is there already
     (`key: old -> new`).
 
-    Raises UserError if the folder holds a run of another stage, or something that is no run, or a training run that was
-    started with other settings than those that may change: continuing it would make it neither the one nor the other.
+    Raises UserError if the folder holds a run of another stage, or something that is no run, or a training
+    run that was started with other settings than those that may change: continuing it would make it neither
+    the one nor the other.
     """
     run_dir = Path(run_dir)
     stage = next(name for name, cls in STAGES.items() if isinstance(config, cls))

@@ -188,8 +188,8 @@ class TokenizerConfig:
     """A Hugging Face folder, a tokenizer.json or a SentencePiece .model ("": the small built-in one for
     generated tasks)."""
     think_tokens: str = ""
-    """Two tokens of a tokenizer.json that take the place of <think> and </think>, comma between ("": it has them).
-    For Phi-4's own tokenizer: "<|dummy_86|>,<|dummy_87|>"."""
+    """Two tokens of a tokenizer.json that take the place of <think> and </think>, comma between ("": it has
+    them). For Phi-4's own tokenizer: "<|dummy_86|>,<|dummy_87|>"."""
 
 
 @dataclass(frozen=True, kw_only=True)
