@@ -448,8 +448,8 @@ def prepare_run_dir(config: StageConfig, run_dir: str | Path) -> list[str]:
                 continue
             if not _may_change(stage, key):
                 raise UserError(
-                    f"{run_dir}: was started with {key} = {old.get(parts)!r}, now {value!r}; continue with the same "
-                    "settings or choose another run folder"
+                    f"{run_dir}: was started with {key} = {old.get(parts)!r}, now {value!r}; continue"
+                    " with the same settings or choose another run folder"
                 )
             changes.append(f"{key}: {old.get(parts)!r} -> {value!r}")
     write_resolved(config, run_dir)
