@@ -38,6 +38,7 @@ ARROWS = {
     "doctor": {"data", "model"},
     "dryrun": {"configs"},
     "cli": {"configs", "dryrun", "parallel"},
+    "__main__": {"cli"},
 }
 MEGATRON = {"model", "parallel", "train", "convert"}
 
