@@ -14,7 +14,8 @@ from phi4r.train.session import open_inference
 
 
 class _Stream:
-    """Prints the text of a growing token list; a character that is still incomplete waits for its last byte."""
+    """Prints the text of a growing token list; a character that is still incomplete waits for its last
+    byte."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -44,8 +45,8 @@ def main(
     seed: int,
     parallel: ParallelConfig,
 ) -> None:
-    """Sample one answer to `prompt` (a user turn) and stream it to stdout. The model card recommends temperature 0.8,
-    top-p 0.95, top-k 50."""
+    """Sample one answer to `prompt` (a user turn) and stream it to stdout. The model card recommends
+    temperature 0.8, top-p 0.95, top-k 50."""
     with distributed_session():
         opened = open_inference(checkpoint, parallel)
         ids = render_prompt(opened.tokenizer, [{"role": "user", "content": prompt}], system)

@@ -2,8 +2,8 @@
 
     curate -> SFT -> evaluate -> curate by the SFT model's pass rate -> GRPO -> evaluate -> report
 
-Each stage is the same function that its own command calls, leaves its run folder under D, and resumes: starting the quick
-start again with the same folder goes on where it stopped.
+Each stage is the same function that its own command calls, leaves its run folder under D, and resumes:
+starting the quick start again with the same folder goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -49,10 +49,12 @@ class Pipeline:
 
 def wire(folder: Path, overrides: Sequence[str]) -> Pipeline:
     """Load the recipe's stages with `overrides` and point each at what the stage before it leaves."""
-    stages: dict[str, Any] = {name: loaded.config for name, loaded in load_pipeline(RECIPE, overrides).items()}
+    stages: dict[str, Any] = {
+        name: loaded.config for name, loaded in load_pipeline(RECIPE, overrides).items()
+    }
     curate, sft, rl, evaluation = stages["curate"], stages["sft"], stages["rl"], stages["eval"]
     replace = dataclasses.replace
-    # SFT learns from the task's own range of difficulty; for RL a wider range is offered, and the pass rate chooses.
+    # SFT learns from the task's own range; RL is offered a wider one, and the pass rate chooses.
     curate_sft = replace(
         curate,
         problems=ProblemsConfig(task=sft.data.task, num_generated=sft.data.num_generated),
@@ -79,11 +81,27 @@ def main(run_dir: Path, seed: int, overrides: list[str]) -> None:
     pipeline = wire(run_dir, [f"seed={seed}", *overrides])
     seconds = pipeline.seconds
     steps: list[tuple[str, str, Callable[[], None]]] = [
-        ("curate_sft", "curate: clean the raw pool", lambda: curate(pipeline.curate_sft, run_dir / "curate_sft")),
-        ("sft", "SFT: copy the teacher's traces", lambda: train("phi4r.train.sft:main", pipeline.sft, run_dir / "sft")),
+        (
+            "curate_sft",
+            "curate: clean the raw pool",
+            lambda: curate(pipeline.curate_sft, run_dir / "curate_sft"),
+        ),
+        (
+            "sft",
+            "SFT: copy the teacher's traces",
+            lambda: train("phi4r.train.sft:main", pipeline.sft, run_dir / "sft"),
+        ),
         ("eval_sft", "evaluate the SFT model", lambda: evaluate(pipeline, "sft")),
-        ("curate_rl", "curate: keep the teachable problems", lambda: curate(pipeline.curate_rl, run_dir / "curate_rl")),
-        ("rl", "GRPO: find out that thinking pays", lambda: train("phi4r.rl.train:main", pipeline.rl, run_dir / "rl")),
+        (
+            "curate_rl",
+            "curate: keep the teachable problems",
+            lambda: curate(pipeline.curate_rl, run_dir / "curate_rl"),
+        ),
+        (
+            "rl",
+            "GRPO: find out that thinking pays",
+            lambda: train("phi4r.rl.train:main", pipeline.rl, run_dir / "rl"),
+        ),
         ("eval_rl", "evaluate the GRPO model", lambda: evaluate(pipeline, "rl")),
     ]
     for number, (name, title, run) in enumerate(steps, start=1):
@@ -140,21 +158,23 @@ def evaluate(pipeline: Pipeline, stage: str) -> None:
 def write_report(pipeline: Pipeline, seed: int, overrides: Sequence[str]) -> Report:
     """D/report.html from the stages' folders."""
     folder, model = pipeline.folder, pipeline.rl.model
-    stages = []
-    for name, label in (("curate_sft", "SFT data"), ("curate_rl", "RL problems")):
-        report = json.loads((folder / name / "curation_report.json").read_text(encoding="utf-8"))
-        stages += [{**stage, "name": f"{label}: {stage['name']}"} for stage in report["stages"]]
+    cleaned = json.loads((folder / "curate_sft" / "curation_report.json").read_text(encoding="utf-8"))
+    raw, kept = cleaned["stages"][0], cleaned["stages"][-1]
     inputs = ReportInputs(
         title="phi4r quick start",
         description=(
-            "Phi-4-reasoning's pipeline in miniature: a tiny Phi-4 learns left-to-right arithmetic from traces of which half "
-            "skip the working, then GRPO rewards right answers."
+            "Phi-4-reasoning's pipeline in miniature: a tiny Phi-4 learns left-to-right arithmetic from traces"
+            " of which half skip the working, then GRPO rewards right answers."
         ),
-        facts={"Task": pipeline.sft.data.task, "Model": f"{model.num_layers} layers, {model.hidden_size} wide, {model.dtype}"},
+        facts={
+            "Task": pipeline.sft.data.task,
+            "Model": f"{model.num_layers} layers, {model.hidden_size} wide, {model.dtype}",
+            "SFT data": f"{kept['kept']:,} of {raw['before']:,} raw rows kept",
+        },
         sft_metrics=folder / "sft" / "metrics.jsonl",
         rl_metrics=folder / "rl" / "metrics.jsonl",
-        evals={"after SFT": folder / "eval_sft" / "results.jsonl", "after GRPO": folder / "eval_rl" / "results.jsonl"},
-        curation={"stages": stages},
+        evals={"SFT": folder / "eval_sft" / "results.jsonl", "GRPO": folder / "eval_rl" / "results.jsonl"},
+        curation=folder / "curate_rl" / "curation_report.json",
         config=folder / "rl" / "config.json",
         commands=[" ".join(["phi4r quickstart", f"--seed {seed}", *(f"--{o}" for o in overrides)])],
         seconds=pipeline.seconds,
@@ -164,18 +184,23 @@ def write_report(pipeline: Pipeline, seed: int, overrides: Sequence[str]) -> Rep
 
 
 def summarise(pipeline: Pipeline, report: Report) -> dict[str, Any]:
-    """D/summary.json: {"sft", "grpo": {"avg_at_8", "ci95", "mean_length"}, "gain": {"mean", "ci95"}, "seconds", "report"}."""
+    """D/summary.json: {"sft", "grpo": {"avg_at_8", "ci95", "mean_length"}, "gain": {"mean", "ci95"},
+    "seconds", "report"}."""
     k = pipeline.eval.eval.runs
 
     def brief(name: str) -> dict[str, Any]:
         summary = report.summaries[name]
-        return {f"avg_at_{k}": summary["avg_at_k"], "ci95": summary["ci95"], "mean_length": summary["mean_length"]}
+        return {
+            f"avg_at_{k}": summary["avg_at_k"],
+            "ci95": summary["ci95"],
+            "mean_length": summary["mean_length"],
+        }
 
     assert report.gain is not None
     seconds = {**pipeline.seconds, "total": sum(pipeline.seconds.values())}
     return {
-        "sft": brief("after SFT"),
-        "grpo": brief("after GRPO"),
+        "sft": brief("SFT"),
+        "grpo": brief("GRPO"),
         "gain": {"mean": report.gain["mean"], "ci95": report.gain["ci95"]},
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "report": str(report.path),

@@ -44,7 +44,9 @@ def main(checkpoint: str, input: Path, output: Path, parallel: ParallelConfig) -
             writer.close()
 
 
-def score_sequences(engine: Engine, sequences: Sequence[Sequence[int]], parallel: ParallelConfig) -> list[list[float]]:
+def score_sequences(
+    engine: Engine, sequences: Sequence[Sequence[int]], parallel: ParallelConfig
+) -> list[list[float]]:
     """Log-probs of every token but the first of each sequence. Collective; the same on all ranks."""
     documents = [Document(np.asarray(s, dtype=np.int32), np.ones(len(s), dtype=bool)) for s in sequences]
     pieces = (2 * parallel.cp if parallel.cp > 1 else 1) * (parallel.tp if parallel.sp else 1)
@@ -62,7 +64,9 @@ def _sequences(path: Path, vocab_size: int) -> Iterator[list[int]]:
             raise UserError(f"{where}: expected a non-empty list of token ids")
         for token in tokens:
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
-                raise UserError(f"{where}: {token!r} is not a token id (an integer from 0 to {vocab_size - 1})")
+                raise UserError(
+                    f"{where}: {token!r} is not a token id (an integer from 0 to {vocab_size - 1})"
+                )
         yield tokens
 
 

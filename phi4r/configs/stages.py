@@ -53,15 +53,17 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
         f"{tp} does not divide model.hidden_size ({model.hidden_size})",
     )
     stages = parallel.pp * parallel.vpp
-    text = (
-        f"parallel.pp x parallel.vpp = {parallel.pp} x {parallel.vpp}"
-        if parallel.vpp > 1
-        else f"{parallel.pp}"
-    )
     require(
-        model.num_layers % stages == 0,
+        model.num_layers >= stages,
         "parallel.vpp" if parallel.vpp > 1 else "parallel.pp",
-        f"{text} does not divide model.num_layers ({model.num_layers})",
+        f"{stages} pipeline stages need as many layers, and model.num_layers is {model.num_layers}",
+    )
+    # Plain pipelines may be uneven (the first and last stage differ from the rest); virtual stages may not.
+    require(
+        parallel.vpp == 1 or model.num_layers % stages == 0,
+        "parallel.vpp",
+        f"parallel.pp x parallel.vpp = {parallel.pp} x {parallel.vpp} does not divide model.num_layers"
+        f" ({model.num_layers})",
     )
 
 

@@ -21,8 +21,7 @@ CHAT_SYMBOLS = ("<|endoftext|>", "<pad>", "<|im_start|>", "<|im_sep|>", "<|im_en
 # The chat roles are whole pieces of the built-in model: spelt out they would be a third of a short document.
 ROLES = ("system", "user", "assistant")
 
-# With 256 bytes, 7 chat symbols, 3 roles, "\n" and <unk> this makes 320 pieces, a multiple of 64: a vocabulary
-# without padding.
+# With 256 bytes, 7 chat symbols, 3 roles, "\n" and <unk> this makes 320 pieces, a multiple of 64: no padding.
 BUILTIN_ALPHABET = "0123456789 abcdefghijklmnopqrstuvwxyz+-*/=%;:,.(){}?"
 
 _TYPE_CONTROL, _TYPE_USER_DEFINED = 3, 4

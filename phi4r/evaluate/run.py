@@ -1,4 +1,5 @@
-"""`phi4r eval`: repeated runs over a set of problems, their statistics, and a paired comparison (reference section 5).
+"""`phi4r eval`: repeated runs over a set of problems, their statistics, and a paired comparison (reference
+section 5).
 
 The one module of this folder that samples from a model; the others work on result files.
 """
@@ -38,7 +39,8 @@ NUM_SLOTS = 256
 
 
 def main(cfg: EvalConfig, checkpoint: str, run_dir: Path) -> None:
-    """Evaluate `checkpoint`, and `eval.compare` if set, on every rank; rank 0 writes results.jsonl and summary.json."""
+    """Evaluate `checkpoint`, and `eval.compare` if set, on every rank; rank 0 writes results.jsonl and
+    summary.json."""
     with distributed_session():
         settings = SummarySettings(bootstrap=cfg.eval.bootstrap, seed=cfg.seed)
         before, summaries, gain = None, {}, None

@@ -1,7 +1,7 @@
 """Core attention for megatron-core's local layer spec: RoPE, GQA, packed rows, context parallelism, KV cache.
 
-Megatron's own unfused core attention refuses packed rows and CP, and its packed RoPE synchronises with the host for
-every layer; here both come from the row's `PackedContext`.
+Megatron's own unfused core attention refuses packed rows and CP, and its packed RoPE synchronises with the
+host for every layer; here both come from the row's `PackedContext`.
 """
 
 from __future__ import annotations

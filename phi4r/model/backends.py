@@ -1,7 +1,8 @@
 """Attention backends: functions from rotated q, k, v of one packed row to its attention output.
 
-Each takes q [Tq, N, H] (this rank's local queries), k and v [T, K, H] (the whole row, K dividing N), the row's
-`PackedContext` and the softmax scale, and returns [Tq, N, H]. `BACKENDS` is where the Triton kernel plugs in.
+Each takes q [Tq, N, H] (this rank's local queries), k and v [T, K, H] (the whole row, K dividing N), the
+row's `PackedContext` and the softmax scale, and returns [Tq, N, H]. `BACKENDS` is where the Triton kernel
+plugs in.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ DENSE_MASK_TOKENS = 512
 
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, context: PackedContext, scale: float) -> Tensor:
-    """softmax(scale q k^T + mask) v in fp32 (fp64 for fp64 input), written out: the reference for every other backend."""
+    """softmax(scale q k^T + mask) v in fp32 (fp64 for fp64 input), written out: the reference for every other
+    backend."""
     compute = torch.promote_types(q.dtype, torch.float32)
     group = q.size(1) // k.size(1)
     q_NTH = q.transpose(0, 1).to(compute)
@@ -34,7 +36,8 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, context: PackedContext,
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, context: PackedContext, scale: float) -> Tensor:
-    """torch's scaled_dot_product_attention: one masked call for short rows, one causal call per document for long ones."""
+    """torch's scaled_dot_product_attention: one masked call for short rows, one causal call per document for
+    long ones."""
     q_1NTH, k_1KTH, v_1KTH = (x.transpose(0, 1)[None] for x in (q, k, v))
     if context.num_tokens <= DENSE_MASK_TOKENS:
         out = F.scaled_dot_product_attention(
@@ -44,9 +47,13 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, context: PackedContext, scal
     pieces = []
     for q_lo, q_hi, k_lo, k_hi in context.segments():
         whole = q_hi - q_lo == k_hi - k_lo
-        # A piece that starts inside its document sees all earlier keys: a causal mask aligned to the lower right.
-        mask = None if whole else torch.ones(q_hi - q_lo, k_hi - k_lo, dtype=torch.bool, device=q.device).tril(
-            (k_hi - k_lo) - (q_hi - q_lo)
+        # A piece that starts inside its document sees all earlier keys: a causal mask, lower right.
+        mask = (
+            None
+            if whole
+            else torch.ones(q_hi - q_lo, k_hi - k_lo, dtype=torch.bool, device=q.device).tril(
+                (k_hi - k_lo) - (q_hi - q_lo)
+            )
         )
         out = F.scaled_dot_product_attention(
             q_1NTH[:, :, q_lo:q_hi], k_1KTH[:, :, k_lo:k_hi], v_1KTH[:, :, k_lo:k_hi],
@@ -64,5 +71,7 @@ def select_backend(name: str) -> str:
     if name == "auto":
         return "sdpa"
     if name not in BACKENDS:
-        raise UserError(f"model.attention_backend: unknown backend {name!r}, expected auto or one of {sorted(BACKENDS)}")
+        raise UserError(
+            f"model.attention_backend: unknown backend {name!r}, expected auto or one of {sorted(BACKENDS)}"
+        )
     return name

@@ -48,10 +48,12 @@ class RMSNorm(torch.nn.Module):
 
 
 class LogprobHead(ColumnParallelLinear):
-    """The output layer, vocabulary-parallel: gives log-probs and entropy of labels, never [tokens, vocabulary] logits."""
+    """The output layer, vocabulary-parallel: gives log-probs and entropy of labels, never [tokens,
+    vocabulary] logits."""
 
     def forward(self, hidden: Tensor, request: HeadRequest, gather_sequence: bool) -> Tensor:  # type: ignore[override]
-        """hidden [T local / tp if SP, 1, D] -> [2, T local] (log-prob, entropy), or logits [B, vocabulary] fp32."""
+        """hidden [T local / tp if SP, 1, D] -> [2, T local] (log-prob, entropy), or logits [B, vocabulary]
+        fp32."""
         if gather_sequence:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
         else:
@@ -98,7 +100,9 @@ class Phi4Model(GPTModel):
         num_layers = get_num_layers_to_build(config, stage["vp_stage"])
         super().__init__(
             config=config,
-            transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm),
+            transformer_layer_spec=TransformerBlockSubmodules(
+                layer_specs=[layer] * num_layers, layer_norm=RMSNorm
+            ),
             vocab_size=vocab_size,
             max_sequence_length=model.max_position_embeddings,
             share_embeddings_and_output_weights=False,
@@ -111,7 +115,8 @@ class Phi4Model(GPTModel):
             self.output_layer.__class__ = LogprobHead
 
     def forward(self, input_ids: Tensor, context: PackedContext) -> Tensor:  # type: ignore[override]
-        """input_ids int64 [1, T local]; returns hidden states between stages, the head's answer on the last."""
+        """input_ids int64 [1, T local]; returns hidden states between stages, the head's answer on the
+        last."""
         return super().forward(input_ids, None, None, packed_seq_params=context)
 
     def _postprocess(self, hidden_states: Tensor, packed_seq_params: PackedContext, **unused: Any) -> Tensor:
@@ -121,15 +126,18 @@ class Phi4Model(GPTModel):
 
 
 def uneven_stages(num_layers: int, pp: int) -> tuple[int, int]:
-    """(layers of the first stage, of the last) where `pp` does not divide `num_layers`; stages between hold the rounded
-    share each. The last stage gets the fewer: it also runs the head."""
+    """(layers of the first stage, of the last) where `pp` does not divide `num_layers`; stages between hold
+    the rounded share each. The last stage gets the fewer: it also runs the head."""
     middle = round(num_layers / pp) if pp > 2 else 0
     rest = num_layers - middle * (pp - 2)
     return rest - rest // 2, rest // 2
 
 
-def transformer_config(model: ModelConfig, parallel: ParallelConfig, recompute: str = "none") -> TransformerConfig:
-    """Megatron-core's config for a Phi-4-shaped model under a layout. recompute: none, selective (core attention) or full."""
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, recompute: str = "none"
+) -> TransformerConfig:
+    """Megatron-core's config for a Phi-4-shaped model under a layout. recompute: none, selective (core
+    attention) or full."""
     dtype = DTYPES[model.dtype]
     on_cpu = not torch.cuda.is_available()
     options: dict[str, Any] = {}
@@ -166,7 +174,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, recompute: 
         virtual_pipeline_model_parallel_size=parallel.vpp if interleaved else None,
         context_parallel_size=parallel.cp,
         sequence_parallel=parallel.sp,
-        # Fusions compile with C++ on CPU or need transformer-engine; megatron's fused cross-entropy rounds gradients to bf16.
+        # Fusions compile with C++ on CPU or need transformer-engine.
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
@@ -187,8 +195,9 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, recompute: 
 
 
 def _mark_sharded_parameters(chunk: Phi4Model) -> None:
-    """Tell megatron which parameters are slices. It only does so itself while it initialises weights, and counts an
-    unmarked slice once instead of once per TP rank in the gradient norm: clipping would be silently wrong."""
+    """Tell megatron which parameters are slices. It only does so itself while it initialises weights, and
+    counts an unmarked slice once instead of once per TP rank in the gradient norm: clipping would be silently
+    wrong."""
     for module in chunk.modules():
         if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
             set_tensor_model_parallel_attributes(module.weight, True, 0, 1)
@@ -196,9 +205,7 @@ def _mark_sharded_parameters(chunk: Phi4Model) -> None:
             set_tensor_model_parallel_attributes(module.weight, True, 1, 1)
 
 
-def build_model(
-    model: ModelConfig, parallel: ParallelConfig, *, recompute: str = "none"
-) -> list[Phi4Model]:
+def build_model(model: ModelConfig, parallel: ParallelConfig, *, recompute: str = "none") -> list[Phi4Model]:
     """This rank's model chunks (one per virtual stage), parameters allocated but not filled.
 
     Call after `init_layout`. `model.vocab_size` must be set (a multiple of tp).

@@ -1,7 +1,7 @@
 """Keys and values of sequences being sampled, per layer, in slots that are kept dense.
 
-Live sequences always occupy slots 0 .. num_live - 1: when one ends, the last live sequence moves into its slot, so that a
-decoding step reads plain slices and never gathers.
+Live sequences always occupy slots 0 .. num_live - 1: when one ends, the last live sequence moves into its
+slot, so that a decoding step reads plain slices and never gathers.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from torch import Tensor
 class KVCache:
     """Rotated keys and values, [slots, max_tokens, K, H] per layer of this pipeline stage.
 
-    One step is either a prefill (whole prompts, packed as documents: attention runs over the packed tokens and the cache
-    is only written) or a decode (one token per live slot, in slot order: the cache is written, then read).
+    One step is either a prefill (whole prompts, packed as documents: attention runs over the packed tokens
+    and the cache is only written) or a decode (one token per live slot, in slot order: the cache is written,
+    then read).
     """
 
     def __init__(self, num_slots: int, max_tokens: int) -> None:
@@ -27,7 +28,8 @@ class KVCache:
         self.longest = 0
 
     def plan(self, slots_T: Tensor, positions_T: Tensor, *, decoding: bool) -> None:
-        """Announce the next forward: where each of its tokens is stored; int64 [T] both. Padding tokens carry slot -1."""
+        """Announce the next forward: where each of its tokens is stored; int64 [T] both. Padding tokens carry
+        slot -1."""
         self.slots_T, self.positions_T, self.decoding = slots_T, positions_T, decoding
         if decoding:
             self.num_live = slots_T.numel()
@@ -39,7 +41,9 @@ class KVCache:
             shape = (self.num_slots, self.max_tokens, *k_TKH.shape[1:])
             self.layers[layer] = (k_TKH.new_zeros(shape), v_TKH.new_zeros(shape))
         keys, values = self.layers[layer]
-        count = self.slots_T.numel()  # tokens beyond it pad the step to a multiple of tp under sequence parallelism
+        count = (
+            self.slots_T.numel()
+        )  # tokens beyond it pad the step to a multiple of tp under sequence parallelism
         keys[self.slots_T, self.positions_T] = k_TKH[:count]
         values[self.slots_T, self.positions_T] = v_TKH[:count]
         return keys, values

@@ -1,11 +1,13 @@
 """What travels beside the hidden states of one packed row to every pipeline stage (design contract 2).
 
-`PackedContext` is megatron-core's `PackedSeqParams` with what our core attention and head need on top, so it reaches each
-layer through megatron's own argument. Masks and rotary tables are made once per row and shared by all layers.
+`PackedContext` is megatron-core's `PackedSeqParams` with what our core attention and head need on top, so it
+reaches each layer through megatron's own argument. Masks and rotary tables are made once per row and shared
+by all layers.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -23,9 +25,10 @@ if TYPE_CHECKING:
 class HeadRequest:
     """What the last stage should make of the hidden states.
 
-    labels_T: int64 [T] targets (local tokens); select_T: bool [T] or None, tokens worth computing (others give zeros);
-    temperature: divides the logits; chunk_size: tokens per chunk of the log-prob path; with_entropy: also entropy.
-    logits_at: int64 [B] or None; when set, full-vocabulary logits [B, vocabulary] of these tokens are returned instead.
+    labels_T: int64 [T] targets (local tokens); select_T: bool [T] or None, tokens worth computing (others
+    give zeros); temperature: divides the logits; chunk_size: tokens per chunk of the log-prob path;
+    with_entropy: also entropy. logits_at: int64 [B] or None; when set, full-vocabulary logits [B, vocabulary]
+    of these tokens are returned instead.
     """
 
     labels_T: Tensor | None = None
@@ -42,8 +45,9 @@ class PackedContext(PackedSeqParams):
 
     position_ids: int64 [T local], position of each local token inside its document (for RoPE).
     num_tokens: T of the whole row (all CP ranks). cu_seqlens_q/kv: int32 [documents + 1] over the whole row.
-    kv_cache: set while sampling; then keys and values are stored in (and, when decoding, read from) the cache.
-    tensors: what the loss needs beside log-probs (loss mask, advantages, ...), each [T local]; attention ignores it.
+    kv_cache: set while sampling; then keys and values are stored in (and, when decoding, read from) the
+    cache. tensors: what the loss needs beside log-probs (loss mask, advantages, ...), each [T local];
+    attention ignores it.
     """
 
     position_ids: Tensor = None  # type: ignore[assignment]
@@ -62,7 +66,8 @@ class PackedContext(PackedSeqParams):
         return zigzag.local_index(self.num_tokens, self.cp, self.cp_rank)
 
     def mask(self) -> Tensor:
-        """bool [T local, T]: same document and not after the query. Made once per row; for short rows only."""
+        """bool [T local, T]: same document and not after the query. Made once per row; for short rows
+        only."""
         if self._mask is None:
             row = torch.arange(self.num_tokens, device=self.cu_seqlens_q.device)
             document = torch.searchsorted(self.cu_seqlens_q[1:].contiguous(), row, right=True)
@@ -71,8 +76,8 @@ class PackedContext(PackedSeqParams):
         return self._mask
 
     def segments(self) -> list[tuple[int, int, int, int]]:
-        """(query start, query end, key start, key end) per contiguous piece of a document held by this rank: local
-        query indices against row key indices; the last query of a piece sits on its last key."""
+        """(query start, query end, key start, key end) per contiguous piece of a document held by this rank:
+        local query indices against row key indices; the last query of a piece sits on its last key."""
         if self._segments is None:
             self._segments = []
             bounds = self.cu_seqlens_q.tolist()
@@ -81,7 +86,7 @@ class PackedContext(PackedSeqParams):
             length = size if self.cp > 1 else self.num_tokens
             for local, chunk in enumerate(chunks):
                 lo, hi = chunk * length, (chunk + 1) * length
-                for start, end in zip(bounds, bounds[1:], strict=False):
+                for start, end in itertools.pairwise(bounds):
                     first, last = max(lo, start), min(hi, end)
                     if first < last:
                         offset = local * length - lo
@@ -91,7 +96,9 @@ class PackedContext(PackedSeqParams):
     def rotary(self, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
         """cos and sin, fp32 [T local, head_dim], of the NeoX half-rotation; made once per row."""
         if self._rotary is None:
-            exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=self.position_ids.device) / head_dim
+            exponent = (
+                torch.arange(0, head_dim, 2, dtype=torch.float32, device=self.position_ids.device) / head_dim
+            )
             angle = self.position_ids.float()[:, None] * (1.0 / theta**exponent)[None]
             angle = torch.cat([angle, angle], dim=-1)
             self._rotary = (angle.cos(), angle.sin())

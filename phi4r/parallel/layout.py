@@ -1,4 +1,5 @@
-"""Process groups and this rank's place in the layout (TP x PP x CP x DP), over megatron-core's parallel_state.
+"""Process groups and this rank's place in the layout (TP x PP x CP x DP), over megatron-core's
+parallel_state.
 
 megatron-core owns the groups; phi4r asks it through `Layout`, a frozen picture of this rank's coordinates.
 """
@@ -23,7 +24,8 @@ from phi4r.parallel import cpu
 
 @dataclass(frozen=True)
 class Layout:
-    """This rank's coordinates. `replica` counts data-parallel x context-parallel ranks (used by rollouts, which need no CP)."""
+    """This rank's coordinates. `replica` counts data-parallel x context-parallel ranks (used by rollouts,
+    which need no CP)."""
 
     rank: int
     world_size: int
@@ -38,6 +40,9 @@ class Layout:
     dp: int
     dp_rank: int
     sp: bool
+    copy_ranks: tuple[int, ...]
+    """Global ranks that hold this copy of the model (TP x PP), stage by stage."""
+    copy_group: dist.ProcessGroup
 
     @property
     def is_first_stage(self) -> bool:
@@ -54,8 +59,29 @@ class Layout:
 
     @property
     def reports(self) -> bool:
-        """True on one rank per (dp, cp) coordinate: the one whose per-token results are counted in reductions."""
+        """True on one rank per (dp, cp) coordinate: the one whose per-token results are counted in
+        reductions."""
         return self.is_last_stage and self.tp_rank == 0
+
+    @property
+    def next_stage(self) -> int:
+        """Global rank of this TP rank's peer on the next pipeline stage; after the last stage comes the
+        first."""
+        return self._peer((self.pp_rank + 1) % self.pp)
+
+    @property
+    def previous_stage(self) -> int:
+        """Global rank of this TP rank's peer on the previous pipeline stage."""
+        return self._peer((self.pp_rank - 1) % self.pp)
+
+    @property
+    def head_rank(self) -> int:
+        """Global rank of TP rank 0 on the last stage of this copy of the model: it draws tokens and
+        reports."""
+        return self.copy_ranks[-self.tp]
+
+    def _peer(self, stage: int) -> int:
+        return self.copy_ranks[stage * self.tp + self.tp_rank]
 
     @property
     def replica(self) -> int:
@@ -105,8 +131,8 @@ def init_layout(parallel: ParallelConfig, seed: int = 0) -> Layout:
     world_size = dist.get_world_size()
     if world_size != parallel.world_size:
         raise UserError(
-            f"parallel: {world_size} ranks were started, but tp {parallel.tp} x pp {parallel.pp} x cp {parallel.cp} "
-            f"x dp {parallel.dp} needs {parallel.world_size}"
+            f"parallel: {world_size} ranks were started, but tp {parallel.tp} x pp {parallel.pp}"
+            f" x cp {parallel.cp} x dp {parallel.dp} needs {parallel.world_size}"
         )
     if mpu.is_initialized():
         mpu.destroy_model_parallel()
@@ -134,12 +160,15 @@ def init_layout(parallel: ParallelConfig, seed: int = 0) -> Layout:
         dp=parallel.dp,
         dp_rank=mpu.get_data_parallel_rank(),
         sp=parallel.sp,
+        copy_ranks=tuple(dist.get_process_group_ranks(mpu.get_model_parallel_group())),
+        copy_group=mpu.get_model_parallel_group(),
     )
 
 
 @contextmanager
 def distributed_session() -> Iterator[None]:
-    """Ends the process group on a clean exit; after an exception the launcher ends the other ranks instead."""
+    """Ends the process group on a clean exit; after an exception the launcher ends the other ranks
+    instead."""
     yield
     if dist.is_initialized():
         dist.barrier()

@@ -1,8 +1,9 @@
 """The one vocabulary-parallel path from hidden states to log-probabilities and entropy (design contract 3).
 
-Cross-entropy, policy / old / reference log-probs and the entropy bonus all come from `linear_logprobs`. It walks over the
-tokens in chunks and never holds a [tokens, vocabulary] matrix: forward keeps one logsumexp and one entropy per token, and
-backward computes each chunk's logits again. Shapes: T tokens, D hidden, V this rank's slice of the vocabulary, C chunk.
+Cross-entropy, policy / old / reference log-probs and the entropy bonus all come from `linear_logprobs`. It
+walks over the tokens in chunks and never holds a [tokens, vocabulary] matrix: forward keeps one logsumexp and
+one entropy per token, and backward computes each chunk's logits again. Shapes: T tokens, D hidden, V this
+rank's slice of the vocabulary, C chunk.
 
     z = h W^T / temperature        lse = log sum_j exp z_j          (j over all ranks)
     logprob = z_target - lse       entropy = lse - sum_j p_j z_j    (p_j = exp(z_j - lse))
@@ -21,7 +22,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class VocabShard:
-    """This rank's slice [start, start + size) of the vocabulary and the group that holds the others (None: alone)."""
+    """This rank's slice [start, start + size) of the vocabulary and the group that holds the others (None:
+    alone)."""
 
     start: int
     size: int
@@ -132,16 +134,20 @@ def linear_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of `targets_T` and entropy of softmax(hidden_TD @ weight_VD.T / temperature).
 
-    hidden_TD: [T, D]; weight_VD: [V, D], this rank's rows of the head; targets_T: int64 [T], global token ids.
-    Returns (logprobs, entropy), each [T] in fp32 (fp64 for fp64 input), equal on all ranks of `shard.group`; entropy is
-    zeros unless `with_entropy`. In backward the gradient of `hidden_TD` is this rank's part: sum it over the group.
-    Peak extra memory is about 3 chunk_size x V values.
+    hidden_TD: [T, D]; weight_VD: [V, D], this rank's rows of the head; targets_T: int64 [T], global token
+    ids. Returns (logprobs, entropy), each [T] in fp32 (fp64 for fp64 input), equal on all ranks of
+    `shard.group`; entropy is zeros unless `with_entropy`. In backward the gradient of `hidden_TD` is this
+    rank's part: sum it over the group. Peak extra memory is about 3 chunk_size x V values.
     Raises ValueError on shapes that disagree.
     """
     if hidden_TD.dim() != 2 or weight_VD.dim() != 2 or hidden_TD.size(1) != weight_VD.size(1):
-        raise ValueError(f"hidden {tuple(hidden_TD.shape)} and weight {tuple(weight_VD.shape)} do not multiply")
+        raise ValueError(
+            f"hidden {tuple(hidden_TD.shape)} and weight {tuple(weight_VD.shape)} do not multiply"
+        )
     if targets_T.shape != hidden_TD.shape[:1]:
         raise ValueError(f"{targets_T.size(0)} targets for {hidden_TD.size(0)} tokens")
     if weight_VD.size(0) != shard.size:
         raise ValueError(f"the weight has {weight_VD.size(0)} rows, the vocabulary shard {shard.size}")
-    return _LinearLogprobs.apply(hidden_TD, weight_VD, targets_T, temperature, chunk_size, shard, with_entropy)
+    return _LinearLogprobs.apply(
+        hidden_TD, weight_VD, targets_T, temperature, chunk_size, shard, with_entropy
+    )

@@ -1,8 +1,8 @@
 """Context parallelism's zig-zag split of a packed row.
 
-A row of T tokens is cut into 2 cp equal chunks; rank r holds chunks r and 2 cp - 1 - r, so that under a causal mask every
-rank has the same work. The cut ignores document borders: documents are kept apart by cu_seqlens, not by the split, and
-the packing of a run does not depend on its layout.
+A row of T tokens is cut into 2 cp equal chunks; rank r holds chunks r and 2 cp - 1 - r, so that under a
+causal mask every rank has the same work. The cut ignores document borders: documents are kept apart by
+cu_seqlens, not by the split, and the packing of a run does not depend on its layout.
 """
 
 from __future__ import annotations

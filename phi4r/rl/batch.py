@@ -1,7 +1,7 @@
 """From trajectories to packed rows, and the GRPO objective as the loss the training engine takes.
 
-Every per-token quantity rides in the rows as an extra aligned with its target token, so it is cut, packed and dealt to
-ranks by the same code as the tokens:
+Every per-token quantity rides in the rows as an extra aligned with its target token, so it is cut, packed and
+dealt to ranks by the same code as the tokens:
 
     advantages, weights         A_i and w_t of `rl.objective`
     counts                      what a token adds to the loss's whole-number denominator
@@ -30,7 +30,8 @@ def response_documents(
     normalization: Normalization,
     constant: int,
 ) -> list[Document]:
-    """One document per sample: prompt and response tokens, the response as targets, with the extras of the loss.
+    """One document per sample: prompt and response tokens, the response as targets, with the extras of the
+    loss.
 
     advantages: one per sample. constant: L_max of the "constant" normalisation, in tokens.
     """
@@ -69,11 +70,14 @@ def with_extra(
 def grpo_loss(settings: ObjectiveSettings, *, on_policy: bool) -> TokenLoss:
     """The objective of `rl.objective` over a row that carries the extras above.
 
-    on_policy: the weights have not moved since sampling, so the ratio is 1 by definition and no old log-probs are needed.
-    Beside the objective's sums it reports `logprob_gap` (sum of |policy - rollout| log-probs) and `max_logprob_gap`.
+    on_policy: the weights have not moved since sampling, so the ratio is 1 by definition and no old log-probs
+    are needed. Beside the objective's sums it reports `logprob_gap` (sum of |policy - rollout| log-probs) and
+    `max_logprob_gap`.
     """
 
-    def loss(logprobs_T: Tensor, entropy_T: Tensor, row: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def loss(
+        logprobs_T: Tensor, entropy_T: Tensor, row: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         total, sums = token_loss(
             logprobs_T,
             entropy_T,

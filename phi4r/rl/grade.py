@@ -22,7 +22,8 @@ from phi4r.verify.strict import Verdict
 def to_samples(
     completions: Sequence[Completion], prompts: Sequence[Sequence[int]], group_size: int, tokenizer: Tokenizer
 ) -> list[Sample]:
-    """Completions in prompt-major order as samples with decoded text (the end token is not part of the text)."""
+    """Completions in prompt-major order as samples with decoded text (the end token is not part of the
+    text)."""
     samples = []
     for index, completion in enumerate(completions):
         prompt_index, sample_index = divmod(index, group_size)
@@ -44,7 +45,8 @@ def to_samples(
 def grade(
     samples: Sequence[Sample], problems: Sequence[Problem], settings: RewardConfig, pool: VerifierPool
 ) -> tuple[list[Verdict], list[RewardParts]]:
-    """Verdict and reward of each sample; `problems[sample.prompt_index]` is its problem, `settings` is resolved."""
+    """Verdict and reward of each sample; `problems[sample.prompt_index]` is its problem, `settings` is
+    resolved."""
     verdicts = grade_responses([(problems[s.prompt_index], s.text) for s in samples], pool)
     rewards = [
         compute_reward(
@@ -72,8 +74,14 @@ def to_trajectories(
     groups = group_advantages(totals, objective.advantage_norm)
     trajectories = [
         Trajectory(
-            sample=sample, problem=problems[sample.prompt_index], verdict=verdict, reward=reward, advantage=float(advantage)
+            sample=sample,
+            problem=problems[sample.prompt_index],
+            verdict=verdict,
+            reward=reward,
+            advantage=float(advantage),
         )
-        for sample, verdict, reward, advantage in zip(samples, verdicts, rewards, groups.advantages.ravel(), strict=True)
+        for sample, verdict, reward, advantage in zip(
+            samples, verdicts, rewards, groups.advantages.ravel(), strict=True
+        )
     ]
     return trajectories, groups

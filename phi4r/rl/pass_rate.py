@@ -1,4 +1,5 @@
-"""How often a model solves a problem: the difficulty that curation keeps its teachable band by (reference section 2)."""
+"""How often a model solves a problem: the difficulty that curation keeps its teachable band by (reference
+section 2)."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ PASS_RATE_STREAM = 41
 
 
 def load_sampler(config: CurateConfig) -> Callable[[Sequence[Problem], int], np.ndarray]:
-    """`sample(problems, k)`: pass rates float64 [problems] of `curate.checkpoint`, measured on the ranks of `parallel`."""
+    """`sample(problems, k)`: pass rates float64 [problems] of `curate.checkpoint`, measured on the ranks of
+    `parallel`."""
 
     def sample(problems: Sequence[Problem], k: int) -> np.ndarray:
         with tempfile.TemporaryDirectory(prefix="phi4r-pass-rate-") as folder:
@@ -39,7 +41,8 @@ def load_sampler(config: CurateConfig) -> Callable[[Sequence[Problem], int], np.
 
 
 def measure(config: CurateConfig, path: Path, k: int) -> list[float]:
-    """The rates of the problems in `path`, in order, on every rank: the share of `k` samples each that are right."""
+    """The rates of the problems in `path`, in order, on every rank: the share of `k` samples each that are
+    right."""
     with distributed_session():
         opened = open_inference(config.curate.checkpoint, config.parallel, config.tokenizer)
         problems, _ = load_problems(path)

@@ -18,7 +18,12 @@ GENERATE_STREAM = {"train": 0, "eval": 1_000_003}
 
 
 def get_problems(
-    config: ProblemsConfig, seed: int, reject_path: Path | None = None, *, stream: str = "train", count: int = 0
+    config: ProblemsConfig,
+    seed: int,
+    reject_path: Path | None = None,
+    *,
+    stream: str = "train",
+    count: int = 0,
 ) -> list[Problem]:
     """The problems of a `[problems]` section. `count`: generate so many instead of `num_generated`."""
     if config.path:
@@ -33,9 +38,15 @@ def get_problems(
 
 
 def load_run_problems(
-    config: ProblemsConfig, rollout: RolloutConfig, tokenizer: Tokenizer, seed: int, run_dir: Path, layout: Layout
+    config: ProblemsConfig,
+    rollout: RolloutConfig,
+    tokenizer: Tokenizer,
+    seed: int,
+    run_dir: Path,
+    layout: Layout,
 ) -> tuple[list[Problem], list[tuple[int, ...]]]:
-    """Problems whose prompt fits `rollout.max_prompt_tokens`, and their prompt tokens, the same on every rank."""
+    """Problems whose prompt fits `rollout.max_prompt_tokens`, and their prompt tokens, the same on every
+    rank."""
     kept: tuple[list[Problem], list[tuple[int, ...]]] | None = None
     if layout.is_main:
         problems = get_problems(config, seed, run_dir / "rejects.jsonl")
@@ -43,11 +54,15 @@ def load_run_problems(
         fits = [len(prompt) <= rollout.max_prompt_tokens for prompt in prompts]
         if not any(fits):
             raise UserError(
-                f"{config.path or config.task}: none of {len(problems)} prompts fits rollout.max_prompt_tokens = "
-                f"{rollout.max_prompt_tokens} (the shortest has {min(map(len, prompts))} tokens)"
+                f"{config.path or config.task}: none of {len(problems)} prompts fits"
+                f" rollout.max_prompt_tokens = {rollout.max_prompt_tokens}"
+                f" (the shortest has {min(map(len, prompts))} tokens)"
             )
         if not all(fits):
-            say(f"problems: {fits.count(False):,} of {len(fits):,} prompts are longer than rollout.max_prompt_tokens, left out")
+            say(
+                f"problems: {fits.count(False):,} of {len(fits):,} prompts are longer than"
+                " rollout.max_prompt_tokens, left out"
+            )
         kept = (
             [p for p, fit in zip(problems, fits, strict=True) if fit],
             [p for p, fit in zip(prompts, fits, strict=True) if fit],

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state as mpu
 from torch import Tensor
 
 from phi4r.model.kv_cache import KVCache
@@ -151,7 +150,7 @@ class EmbeddedEngine:
         done: dict[int, Completion] = {}
         while live or waiting:
             free = slots - len(live)
-            # Prefilling in batches costs less than one prompt at a time; an eighth of the slots may wait for company.
+            # Prefilling in batches costs less than one by one: up to an eighth of the slots may wait.
             if waiting and (not live or free >= max(1, slots // 8)):
                 new = self._take(waiting, free)
                 self._prefill(cache, new, len(live), options)
@@ -249,7 +248,7 @@ class EmbeddedEngine:
                 model.set_input_tensor(self._receive(len(ids_T), output if self.layout.pp == 1 else None))
             output = model(ids, context)
             if not model.post_process and self.layout.pp > 1:
-                dist.send(output.contiguous(), mpu.get_pipeline_model_parallel_next_rank())
+                dist.send(output.contiguous(), self.layout.next_stage)
         return output if models[-1].post_process else None
 
     def _receive(self, num_tokens: int, previous: Tensor | None) -> Tensor:
@@ -258,7 +257,7 @@ class EmbeddedEngine:
         config = self.engine.config
         shape = (num_tokens // (self.layout.tp if self.layout.sp else 1), 1, config.hidden_size)
         hidden = torch.empty(shape, dtype=config.params_dtype, device=self.layout.device)
-        dist.recv(hidden, mpu.get_pipeline_model_parallel_prev_rank())
+        dist.recv(hidden, self.layout.previous_stage)
         return hidden
 
     def _sample(self, logits_BV: Tensor | None, sequences: list[_Sequence], options: SamplingOptions) -> None:
@@ -269,9 +268,7 @@ class EmbeddedEngine:
             tokens_B, logprobs_B = draw_tokens(logits_BV.float(), uniforms_B.to(logits_BV.device), options)
             drawn = torch.stack([tokens_B.double(), logprobs_B.double()])
         if self.layout.tp * self.layout.pp > 1:
-            group = mpu.get_model_parallel_group()
-            source = dist.get_process_group_ranks(group)[-self.layout.tp]
-            dist.broadcast(drawn, src=source, group=group)
+            dist.broadcast(drawn, src=self.layout.head_rank, group=self.layout.copy_group)
         for sequence, token, logprob in zip(sequences, *drawn.tolist(), strict=True):
             sequence.tokens.append(int(token))
             sequence.logprobs.append(logprob)

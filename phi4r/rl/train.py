@@ -3,8 +3,9 @@
     draw prompts -> roll out group_size samples -> verify and reward -> advantages -> reference log-probs
     -> packed rows -> one or more optimizer steps -> log
 
-Rollouts come from the trainer's own weights, so nothing has to be synchronised. With one update per rollout the policy that
-is trained is the policy that sampled, the ratio is 1 by definition, and no pass for old log-probs is run.
+Rollouts come from the trainer's own weights, so nothing has to be synchronised. With one update per rollout
+the policy that is trained is the policy that sampled, the ratio is 1 by definition, and no pass for old
+log-probs is run.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from phi4r.console import say
 from phi4r.data.order import epoch_order, items_of_step
 from phi4r.data.packing import Document, PackedRow, pack, unpack
 from phi4r.data.records import Problem
-from phi4r.data.render import render_prompt
 from phi4r.data.tokenizer import Tokenizer
 from phi4r.parallel.layout import broadcast_object, distributed_session, init_layout
 from phi4r.rl.advantages import Advantages
@@ -50,16 +50,27 @@ def main(cfg: RLConfig, run_dir: Path) -> None:
         policy = Engine(model, cfg.parallel, layout, cfg.train, cfg.optimizer)
         reference = open_frozen(policy, cfg.parallel, cfg.init, cfg.seed)
         sampler = EmbeddedEngine(policy, tokenizer.eos_ids, cfg.rollout.num_slots)
-        say(f"rl: {model.num_parameters:,} parameters on {layout.world_size} rank(s), {len(problems):,} problems")
+        say(
+            f"rl: {model.num_parameters:,} parameters on {layout.world_size} rank(s),"
+            f" {len(problems):,} problems"
+        )
         with (
             VerifierPool(cfg.reward.verifier_workers, cfg.reward.verifier_timeout_s) as verifier,
             open_loop(cfg, run_dir, policy, tokenizer, "rl") as loop,
         ):
             for step in loop.steps():
                 loop.begin_step()
-                drawn = items_of_step(len(problems), cfg.seed, PROMPT_STREAM, step, cfg.rollout.prompts_per_step)
+                drawn = items_of_step(
+                    len(problems), cfg.seed, PROMPT_STREAM, step, cfg.rollout.prompts_per_step
+                )
                 trajectories, groups = roll_out(
-                    cfg, sampler, verifier, tokenizer, [problems[i] for i in drawn], [prompts[i] for i in drawn], step
+                    cfg,
+                    sampler,
+                    verifier,
+                    tokenizer,
+                    [problems[i] for i in drawn],
+                    [prompts[i] for i in drawn],
+                    step,
                 )
                 if layout.is_main:
                     write_rollouts(run_dir, step + 1, (t.record(step + 1, tokenizer) for t in trajectories))
@@ -68,7 +79,9 @@ def main(cfg: RLConfig, run_dir: Path) -> None:
                     metrics |= update(cfg, policy, reference, trajectories, step, loop.check_finite)
                 else:
                     metrics |= {"lr": 0.0, "skipped": 1}
-                shown = {k: metrics[k] for k in ("reward", "accuracy", "response_length", "loss") if k in metrics}
+                shown: dict[str, Any] = {
+                    k: metrics[k] for k in ("reward", "accuracy", "response_length", "loss") if k in metrics
+                }
                 loop.finish_step(step, metrics, shown, sum(t.sample.num_tokens for t in trajectories))
 
 
@@ -81,7 +94,8 @@ def roll_out(
     prompts: Sequence[tuple[int, ...]],
     step: int,
 ) -> tuple[list[Trajectory], Advantages]:
-    """`group_size` verified and rewarded samples per problem. Rank 0 verifies; every rank gets the same trajectories."""
+    """`group_size` verified and rewarded samples per problem. Rank 0 verifies; every rank gets the same
+    trajectories."""
     size = cfg.rollout.group_size
     requests = [
         SampleRequest(prompt, (cfg.seed, SAMPLE_STREAM, step, index, sample))
@@ -98,13 +112,21 @@ def roll_out(
 
 
 def update(
-    cfg: RLConfig, policy: Engine, reference: Engine, trajectories: Sequence[Trajectory], step: int, check: Any
+    cfg: RLConfig,
+    policy: Engine,
+    reference: Engine,
+    trajectories: Sequence[Trajectory],
+    step: int,
+    check: Any,
 ) -> dict[str, Any]:
     """The optimizer steps on one set of trajectories; returns their metrics (means over the updates)."""
     objective, temperature = cfg.objective, cfg.rollout.temperature
     constant = cfg.reward.resolved(cfg.rollout.max_new_tokens).max_tokens
     documents = response_documents(
-        [t.sample for t in trajectories], [t.advantage for t in trajectories], objective.normalization, constant
+        [t.sample for t in trajectories],
+        [t.advantage for t in trajectories],
+        objective.normalization,
+        constant,
     )
     length = row_length(cfg, documents)
     documents = add_logprobs(documents, "ref_logprobs", reference, length, temperature)
@@ -131,8 +153,11 @@ def deal(documents: Sequence[Document], num_updates: int, seed: int, step: int) 
 
 
 def row_length(cfg: RLConfig, documents: Sequence[Document]) -> int:
-    """Tokens of a packed row: room for the longest possible sample, a multiple of what the layout cuts rows into."""
-    longest = max(cfg.rollout.max_prompt_tokens + cfg.rollout.max_new_tokens, max(len(d.tokens) for d in documents))
+    """Tokens of a packed row: room for the longest possible sample, a multiple of what the layout cuts rows
+    into."""
+    longest = max(
+        cfg.rollout.max_prompt_tokens + cfg.rollout.max_new_tokens, max(len(d.tokens) for d in documents)
+    )
     parallel = cfg.parallel
     pieces = (2 * parallel.cp if parallel.cp > 1 else 1) * (parallel.tp if parallel.sp else 1)
     return -(-max(longest, cfg.rollout.row_tokens) // pieces) * pieces
@@ -160,7 +185,7 @@ def rollout_metrics(trajectories: Sequence[Trajectory], groups: Advantages) -> d
         "response_length": float(lengths.mean()),
         "unfinished": float(np.mean([not t.sample.finished for t in trajectories])),
         "think_valid": float(np.mean([t.reward.think_valid for t in trajectories])),
-        "zero_variance_groups": 1.0 - groups.informative_share,
+        "zero_variance_share": 1.0 - groups.informative_share,
         "verifier_timeouts": outcomes.count("timeout"),
         "verifier_errors": outcomes.count("error"),
     }
@@ -171,10 +196,20 @@ def rollout_metrics(trajectories: Sequence[Trajectory], groups: Advantages) -> d
 
 
 def update_metrics(results: Sequence[StepResult]) -> dict[str, Any]:
-    """The objective's metrics over the updates of a step: per-token means, and means of losses and gradient norms."""
+    """The objective's metrics over the updates of a step: per-token means, and means of losses and gradient
+    norms."""
     totals = {name: sum(r.sums[name] for r in results) for name in results[0].sums}
     num_tokens = max(totals["num_tokens"], 1.0)
-    per_token = ("entropy", "kl_old", "kl_ref", "ratio", "clipped_low", "clipped_high", "dual_clipped", "logprob_gap")
+    per_token = (
+        "entropy",
+        "kl_old",
+        "kl_ref",
+        "ratio",
+        "clipped_low",
+        "clipped_high",
+        "dual_clipped",
+        "logprob_gap",
+    )
     return {
         "loss": float(np.mean([r.loss for r in results])),
         "grad_norm": float(np.mean([r.grad_norm for r in results])),

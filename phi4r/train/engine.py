@@ -1,8 +1,9 @@
 """The training engine: model chunks, optimizer and pipeline schedule of this rank behind three verbs.
 
-`train_step` takes one optimizer step on packed rows, `forward` gives per-token values without gradients, `evaluate` sums a
-loss. All ranks are given the same list of rows and take their share, so a result never depends on the layout: a loss is
-a sum over tokens and a count, both reduced over all ranks before the division (design contract 3).
+`train_step` takes one optimizer step on packed rows, `forward` gives per-token values without gradients,
+`evaluate` sums a loss. All ranks are given the same list of rows and take their share, so a result never
+depends on the layout: a loss is a sum over tokens and a count, both reduced over all ranks before the
+division (design contract 3).
 """
 
 from __future__ import annotations
@@ -34,14 +35,15 @@ from phi4r.parallel import zigzag
 from phi4r.parallel.layout import Layout
 
 TokenLoss = Callable[[Tensor, Tensor, dict[str, Tensor]], tuple[Tensor, Tensor, dict[str, Tensor]]]
-"""(logprobs_T, entropy_T, row tensors) -> (loss sum, integer count, values to report: sums, or maxima of non-negative
-values under names that begin with "max_"). Row tensors: `loss_mask` and the row's extras, each [T local] fp32."""
+"""(logprobs_T, entropy_T, row tensors) -> (loss sum, integer count, values to report: sums, or maxima of
+non-negative values under names that begin with "max_"). Row tensors: `loss_mask` and the row's extras, each
+[T local] fp32."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step: `loss` = loss sum / count over all ranks, `sums` the reported sums, `applied` False where the
-    gradient was not finite and the step was left out."""
+    """One optimizer step: `loss` = loss sum / count over all ranks, `sums` the reported sums, `applied` False
+    where the gradient was not finite and the step was left out."""
 
     loss: float
     count: int
@@ -50,7 +52,9 @@ class StepResult:
     sums: dict[str, float]
 
 
-def sft_loss(logprobs_T: Tensor, entropy_T: Tensor, row: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def sft_loss(
+    logprobs_T: Tensor, entropy_T: Tensor, row: dict[str, Tensor]
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Cross-entropy: minus the sum of the targets' log-probs, and the number of targets."""
     mask_T = row["loss_mask"]
     loss = -(logprobs_T * mask_T).sum()
@@ -60,8 +64,8 @@ def sft_loss(logprobs_T: Tensor, entropy_T: Tensor, row: dict[str, Tensor]) -> t
 class Engine:
     """This rank's part of a model, with an optimizer if `optimizer` is given.
 
-    Parameters must be filled before the first step (`phi4r.model.names.load_weights` or a checkpoint), after which
-    `sync_optimizer` tells the optimizer about them.
+    Parameters must be filled before the first step (`phi4r.model.names.load_weights` or a checkpoint), after
+    which `sync_optimizer` tells the optimizer about them.
     """
 
     def __init__(
@@ -173,7 +177,12 @@ class Engine:
 
     @torch.no_grad()
     def forward(
-        self, rows: Sequence[PackedRow], *, temperature: float = 1.0, with_entropy: bool = False, masked: bool = True
+        self,
+        rows: Sequence[PackedRow],
+        *,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+        masked: bool = True,
     ) -> np.ndarray:
         """Log-probs of the labels and entropies, float32 [2, rows, T], equal on all ranks.
 
@@ -222,7 +231,12 @@ class Engine:
             return torch.from_numpy(array[index]).to(layout.device, non_blocking=True)
 
         extras = {name: local(array) for name, array in row.extras.items()}
-        return local(row.input_ids), local(row.labels), local(row.position_ids), {"loss_mask": local(row.loss_mask), **extras}
+        return (
+            local(row.input_ids),
+            local(row.labels),
+            local(row.position_ids),
+            {"loss_mask": local(row.loss_mask), **extras},
+        )
 
     def _context(
         self, row: PackedRow, temperature: float, with_entropy: bool, masked: bool = True
@@ -252,7 +266,13 @@ class Engine:
         return context, ids[None]
 
     def _run(
-        self, rows: Sequence[PackedRow], loss: TokenLoss, temperature: float, with_entropy: bool, *, backward: bool
+        self,
+        rows: Sequence[PackedRow],
+        loss: TokenLoss,
+        temperature: float,
+        with_entropy: bool,
+        *,
+        backward: bool,
     ) -> dict[str, float]:
         """Run the schedule; returns the reported sums with `_loss` and `_count`, reduced over all ranks."""
         padded, mine = self._share(rows)
@@ -271,7 +291,13 @@ class Engine:
         return self._reduce(reports if self.layout.reports else [])
 
     def _run_schedule(
-        self, forward_step: Callable, rows: list[PackedRow], length: int, *, backward: bool, collect: bool = False
+        self,
+        forward_step: Callable,
+        rows: list[PackedRow],
+        length: int,
+        *,
+        backward: bool,
+        collect: bool = False,
     ) -> list[dict[str, Tensor]]:
         many = len(self.chunks) > 1
         iterators = [iter(rows) for _ in self.chunks]
@@ -287,8 +313,8 @@ class Engine:
         )
 
     def _reduce(self, reports: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Each reported value over this rank's microbatches and over all ranks, in float64: the sum, or the maximum where
-        the name begins with "max_"."""
+        """Each reported value over this rank's microbatches and over all ranks, in float64: the sum, or the
+        maximum where the name begins with "max_"."""
         names = sorted(reports[0]) if reports else None
         if self.layout.world_size > 1:
             box = [names]
@@ -310,7 +336,8 @@ class Engine:
 
 
 def empty_row(like: PackedRow) -> PackedRow:
-    """A row of padding with the shape and extras of `like`: it takes part in a step and counts for nothing."""
+    """A row of padding with the shape and extras of `like`: it takes part in a step and counts for
+    nothing."""
     zeros = np.zeros_like
     length = len(like.input_ids)
     return PackedRow(

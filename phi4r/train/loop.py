@@ -1,4 +1,5 @@
-"""What every training loop does around its steps: resume, log, checkpoint, stop, give up on non-finite gradients."""
+"""What every training loop does around its steps: resume, log, checkpoint, stop, give up on non-finite
+gradients."""
 
 from __future__ import annotations
 
@@ -29,8 +30,16 @@ class TrainingLoop:
     `for step in loop.steps(): ...; loop.finish_step(step, metrics)`
     """
 
-    def __init__(self, config: SFTConfig | RLConfig, run_dir: Path, engine: Engine, tokenizer: Tokenizer, name: str) -> None:
-        self.config, self.run_dir, self.engine, self.tokenizer, self.name = config, run_dir, engine, tokenizer, name
+    def __init__(
+        self, config: SFTConfig | RLConfig, run_dir: Path, engine: Engine, tokenizer: Tokenizer, name: str
+    ) -> None:
+        self.config, self.run_dir, self.engine, self.tokenizer, self.name = (
+            config,
+            run_dir,
+            engine,
+            tokenizer,
+            name,
+        )
         self.start_step = self._restore()
         self.nonfinite = 0
         self._logger: MetricsLogger
@@ -40,7 +49,8 @@ class TrainingLoop:
         self._step_began = time.perf_counter()
 
     def _restore(self) -> int:
-        """Fill the engine from the run's newest checkpoint, else from init; returns the steps already done."""
+        """Fill the engine from the run's newest checkpoint, else from init; returns the steps already
+        done."""
         layout = self.engine.layout
         if layout.is_main:
             remove_leftovers(self.run_dir)
@@ -62,19 +72,24 @@ class TrainingLoop:
         self._step_began = time.perf_counter()
 
     def check_finite(self, step: int, result: StepResult) -> None:
-        """Count steps in a row that were left out because loss or gradient were not finite; past the limit, stop."""
+        """Count steps in a row that were left out because loss or gradient were not finite; past the limit,
+        stop."""
         self.nonfinite = 0 if result.applied else self.nonfinite + 1
         if self.nonfinite > self.config.train.max_nonfinite_steps:
             raise RuntimeError(
                 f"step {step + 1}: loss {result.loss} or gradient norm {result.grad_norm} is not finite for "
-                f"{self.nonfinite} steps in a row (train.max_nonfinite_steps = {self.config.train.max_nonfinite_steps})"
+                f"{self.nonfinite} steps in a row (train.max_nonfinite_steps ="
+                f" {self.config.train.max_nonfinite_steps})"
             )
 
-    def finish_step(self, step: int, metrics: Mapping[str, Any], shown: Mapping[str, Any], num_tokens: int) -> None:
+    def finish_step(
+        self, step: int, metrics: Mapping[str, Any], shown: Mapping[str, Any], num_tokens: int
+    ) -> None:
         """Log step `step` (from 0), save when due, and end the run here if it was told to stop.
 
-        metrics: a row of metrics.jsonl; shown: the few that stand beside the progress bar; num_tokens: trained tokens.
-        The row's step_seconds and tokens_per_second are wall-clock; all other values repeat bit for bit on CPU.
+        metrics: a row of metrics.jsonl; shown: the few that stand beside the progress bar; num_tokens:
+        trained tokens. The row's step_seconds and tokens_per_second are wall-clock; all other values repeat
+        bit for bit on CPU.
         """
         seconds = time.perf_counter() - self._step_began
         clock = {"step_seconds": seconds, "tokens_per_second": num_tokens / max(seconds, 1e-9)}
@@ -86,7 +101,10 @@ class TrainingLoop:
         number = self._stop.agreed(self.engine.layout.device)
         if number:
             self.save(step + 1)
-            say(f"{self.name}: stopped after step {step + 1} of {self.config.train.num_steps}; the same command resumes")
+            say(
+                f"{self.name}: stopped after step {step + 1} of {self.config.train.num_steps};"
+                " the same command resumes"
+            )
             end_by(number)
 
     def save(self, step: int) -> None:
@@ -102,7 +120,14 @@ class TrainingLoop:
             state={"step": step, "seed": self.config.seed},
             model_cfg=self.engine.model_config,
             tokenizer=self.tokenizer,
-            layout={"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, "cp": layout.cp, "dp": layout.dp, "sp": layout.sp},
+            layout={
+                "tp": layout.tp,
+                "pp": layout.pp,
+                "vpp": layout.vpp,
+                "cp": layout.cp,
+                "dp": layout.dp,
+                "sp": layout.sp,
+            },
             keep_last=self.config.checkpoint.keep_last or 10**9,
         )
         self._saved_step = step
@@ -112,7 +137,8 @@ class TrainingLoop:
 def open_loop(
     config: SFTConfig | RLConfig, run_dir: Path, engine: Engine, tokenizer: Tokenizer, name: str
 ) -> Iterator[TrainingLoop]:
-    """A restored `TrainingLoop` with its progress bar, sinks and signal handlers; saves at the end if so configured."""
+    """A restored `TrainingLoop` with its progress bar, sinks and signal handlers; saves at the end if so
+    configured."""
     loop = TrainingLoop(config, run_dir, engine, tokenizer, name)
     num_steps = config.train.num_steps
     every = max(config.log.every, math.ceil(num_steps / PLAIN_LINES))

@@ -9,7 +9,8 @@ from phi4r.configs.sections import OptimizerConfig
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
     """Learning rate of optimizer step `step` (counted from 0): linear warm-up, then the configured decay to
-    `min_lr_ratio * lr` at `num_steps`. The paper warms SFT up over 450 steps; its decay is open (section 3)."""
+    `min_lr_ratio * lr` at `num_steps`. The paper warms SFT up over 450 steps; its decay is open (section
+    3)."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.decay == "constant":

@@ -1,6 +1,7 @@
 """Opening a model for training or inference: tokenizer, architecture, weights.
 
-SFT, GRPO, scoring, generation and evaluation all come through here, so that a checkpoint means the same to each of them.
+SFT, GRPO, scoring, generation and evaluation all come through here, so that a checkpoint means the same to
+each of them.
 """
 
 from __future__ import annotations
@@ -8,27 +9,27 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 from phi4r.configs.sections import InitConfig, ModelConfig, ParallelConfig, TokenizerConfig, TrainConfig
 from phi4r.configs.stages import check_layout
 from phi4r.data.tokenizer import Tokenizer
 from phi4r.errors import ConfigError, UserError
-from phi4r.huggingface import HFWeights
-from phi4r.model.names import hf_tensors, load_weights, random_weights
+from phi4r.model.names import load_weights, random_weights
 from phi4r.parallel.layout import Layout, init_layout
-from phi4r.train.checkpoint import load_checkpoint, read_model_config, resolve_checkpoint, tokenizer_folder
+from phi4r.train.checkpoint import load_model, read_model_config, tokenizer_folder
 from phi4r.train.engine import Engine
 
 VOCAB_MULTIPLE = 64
-# What makes two models the same weights; the rest (RoPE base, context, dtype, backend) a user may change on purpose.
+# What weights depend on; the rest (RoPE base, context, dtype, backend) a user may change on purpose.
 SHAPE_FIELDS = (
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "head_dim", "rms_norm_eps",
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "head_dim",
+    "rms_norm_eps",
 )  # fmt: skip
 
 
 def open_tokenizer(config: TokenizerConfig, checkpoint: str = "") -> Tokenizer:
-    """The tokenizer of `config.path`, else that of the checkpoint the run starts from, else the built-in one."""
+    """The tokenizer of `config.path`, else that of the checkpoint the run starts from, else the built-in
+    one."""
     if config.path or not checkpoint:
         return Tokenizer.load(config.path, config.think_tokens)
     folder = tokenizer_folder(checkpoint)
@@ -38,16 +39,20 @@ def open_tokenizer(config: TokenizerConfig, checkpoint: str = "") -> Tokenizer:
 
 
 def resolve_model(model: ModelConfig, tokenizer: Tokenizer, checkpoint: str = "") -> ModelConfig:
-    """`model` with its vocabulary size known and checked against the tokenizer and the checkpoint it starts from."""
+    """`model` with its vocabulary size known and checked against the tokenizer and the checkpoint it starts
+    from."""
     if checkpoint:
         found = read_model_config(checkpoint)
         for name in SHAPE_FIELDS:
             ours, theirs = getattr(model, name), getattr(found, name)
             if ours != theirs:
-                raise ConfigError(f"model.{name}", f"is {ours}, but init.checkpoint {checkpoint} has {theirs}")
+                raise ConfigError(
+                    f"model.{name}", f"is {ours}, but init.checkpoint {checkpoint} has {theirs}"
+                )
         if model.vocab_size not in (0, found.vocab_size):
             raise ConfigError(
-                "model.vocab_size", f"is {model.vocab_size}, but init.checkpoint {checkpoint} has {found.vocab_size}"
+                "model.vocab_size",
+                f"is {model.vocab_size}, but init.checkpoint {checkpoint} has {found.vocab_size}",
             )
         model = dataclasses.replace(model, vocab_size=found.vocab_size)
     elif model.vocab_size == 0:
@@ -61,19 +66,13 @@ def resolve_model(model: ModelConfig, tokenizer: Tokenizer, checkpoint: str = ""
 
 
 def fill_weights(engine: Engine, checkpoint: str, seed: int) -> None:
-    """Fill an engine's parameters from a checkpoint or Hugging Face folder, or at random where `checkpoint` is ""."""
-    model, layout = engine.model_config, engine.layout
-    kind, folder = resolve_checkpoint(checkpoint) if checkpoint else ("random", Path())
-    if kind == "phi4r":
-        load_checkpoint(folder, engine.chunks)
+    """Fill an engine's parameters from a checkpoint or Hugging Face folder, or at random where `checkpoint`
+    is ""."""
+    if checkpoint:
+        load_model(checkpoint, engine.chunks)
     else:
-        if kind == "hf":
-            weights = HFWeights(folder)
-            weights.check(hf_tensors(model))
-            get_tensor = weights.get_tensor
-        else:
-            get_tensor = random_weights(model, seed)
-        load_weights(engine.models, model, get_tensor, layout.tp_rank, layout.tp)
+        model, layout = engine.model_config, engine.layout
+        load_weights(engine.models, model, random_weights(model, seed), layout.tp_rank, layout.tp)
     engine.sync_optimizer()
 
 
@@ -92,7 +91,9 @@ class Inference:
         return open_tokenizer(self.tokenizer_config, self.checkpoint)
 
 
-def open_inference(checkpoint: str, parallel: ParallelConfig, tokenizer: TokenizerConfig | None = None) -> Inference:
+def open_inference(
+    checkpoint: str, parallel: ParallelConfig, tokenizer: TokenizerConfig | None = None
+) -> Inference:
     """Open a phi4r checkpoint, a run folder or a Hugging Face folder under any layout, for inference."""
     layout = init_layout(parallel)
     model = read_model_config(checkpoint)

@@ -1,8 +1,10 @@
-"""Supervised fine-tuning: packed chat documents, cross-entropy on the assistant's tokens (reference section 3)."""
+"""Supervised fine-tuning: packed chat documents, cross-entropy on the assistant's tokens (reference section
+3)."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from phi4r.configs.stages import SFTConfig
 from phi4r.console import say
@@ -37,7 +39,10 @@ def main(cfg: SFTConfig, run_dir: Path) -> None:
         model = resolve_model(cfg.model, tokenizer, cfg.init.checkpoint)
         data = load_data(cfg, tokenizer, run_dir, layout)
         engine = Engine(model, cfg.parallel, layout, cfg.train, cfg.optimizer)
-        say(f"sft: {model.num_parameters:,} parameters on {layout.world_size} rank(s), {cfg.train.num_steps} steps")
+        say(
+            f"sft: {model.num_parameters:,} parameters on {layout.world_size} rank(s),"
+            f" {cfg.train.num_steps} steps"
+        )
         with open_loop(cfg, run_dir, engine, tokenizer, "sft") as loop:
             for step in loop.steps():
                 loop.begin_step()
@@ -58,7 +63,13 @@ def main(cfg: SFTConfig, run_dir: Path) -> None:
                     "skipped": int(not result.applied),
                 }
                 last = step + 1 == cfg.train.num_steps
-                if data.heldout_rows and cfg.train.eval_every and ((step + 1) % cfg.train.eval_every == 0 or last):
+                if (
+                    data.heldout_rows
+                    and cfg.train.eval_every
+                    and ((step + 1) % cfg.train.eval_every == 0 or last)
+                ):
                     metrics["heldout_loss"], _ = engine.evaluate(data.heldout_rows)
-                shown = {k: metrics[k] for k in ("loss", "heldout_loss", "grad_norm", "lr") if k in metrics}
+                shown: dict[str, Any] = {
+                    k: metrics[k] for k in ("loss", "heldout_loss", "grad_norm", "lr") if k in metrics
+                }
                 loop.finish_step(step, metrics, shown, int(metrics["num_tokens"]))

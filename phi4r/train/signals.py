@@ -1,4 +1,5 @@
-"""Stopping between steps: a signal only sets a flag, all ranks agree on it, and the run saves before it ends."""
+"""Stopping between steps: a signal only sets a flag, all ranks agree on it, and the run saves before it
+ends."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ class StopFlag:
         self.signal_number = number
 
     def agreed(self, device: torch.device) -> int:
-        """The signal that any rank received (0: none), the same on all ranks. Collective: call once a step."""
+        """The signal that any rank received (0: none), the same on all ranks. Collective: call once a
+        step."""
         flag = torch.tensor(self.signal_number, device=device)
         if dist.get_world_size() > 1:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)

@@ -90,11 +90,15 @@ REFUSED: list[tuple[Any, str, str]] = [
     (lambda: ObjectiveConfig(dual_clip=0.5), "objective.dual_clip", "greater than 1"),
     (lambda: ObjectiveConfig(clip_low=1.0), "objective.clip_low", "below 1"),
     (lambda: SFTConfig(seed=-1), "seed", "at least 0"),
-    (lambda: SFTConfig(parallel=ParallelConfig(pp=2)), "parallel.pp", "does not divide model.num_layers (3)"),
     (
-        lambda: SFTConfig(model=ModelConfig(num_layers=4), parallel=ParallelConfig(pp=2, vpp=4)),
+        lambda: SFTConfig(parallel=ParallelConfig(pp=4)),
+        "parallel.pp",
+        "4 pipeline stages need as many layers",
+    ),
+    (
+        lambda: SFTConfig(model=ModelConfig(num_layers=6), parallel=ParallelConfig(pp=2, vpp=2)),
         "parallel.vpp",
-        "2 x 4",
+        "2 x 2 does not divide model.num_layers (6)",
     ),
     (lambda: SFTConfig(parallel=ParallelConfig(dp=3)), "train.global_batch_size", "shared evenly"),
     (

@@ -1,4 +1,5 @@
-"""Our packed model against transformers' Phi3ForCausalLM, one document at a time: losses and every gradient."""
+"""Our packed model against transformers' Phi3ForCausalLM, one document at a time: losses and every
+gradient."""
 
 from __future__ import annotations
 
@@ -26,8 +27,11 @@ def transformers_model() -> Phi3ForCausalLM:
         num_hidden_layers=MODEL.num_layers, num_attention_heads=MODEL.num_attention_heads,
         num_key_value_heads=MODEL.num_query_groups, max_position_embeddings=MODEL.max_position_embeddings,
         original_max_position_embeddings=MODEL.max_position_embeddings, rms_norm_eps=MODEL.rms_norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": MODEL.rope_theta, "partial_rotary_factor": 1.0},
-        tie_word_embeddings=False, pad_token_id=None, bos_token_id=1, eos_token_id=2, attn_implementation="eager",
+        rope_parameters={
+            "rope_type": "default", "rope_theta": MODEL.rope_theta, "partial_rotary_factor": 1.0,
+        },
+        tie_word_embeddings=False, pad_token_id=None, bos_token_id=1, eos_token_id=2,
+        attn_implementation="eager",
     )  # fmt: skip
     model = Phi3ForCausalLM(config).double()
     weights = random_weights(MODEL, 3)
@@ -60,7 +64,13 @@ def reference_loss(reference: Phi3ForCausalLM) -> torch.Tensor:
 @pytest.fixture
 def engine() -> Engine:
     layout = init_layout(ParallelConfig())
-    made = Engine(MODEL, ParallelConfig(), layout, TrainConfig(logit_chunk_size=10), OptimizerConfig(weight_decay=0.1, clip_grad=0.0))
+    made = Engine(
+        MODEL,
+        ParallelConfig(),
+        layout,
+        TrainConfig(logit_chunk_size=10),
+        OptimizerConfig(weight_decay=0.1, clip_grad=0.0),
+    )
     load_weights(made.models, MODEL, random_weights(MODEL, 3), 0, 1)
     made.sync_optimizer()
     return made

@@ -1,7 +1,9 @@
-"""The program behind `test_layouts.py`: goes through many layouts in one launch and writes what each one computed.
+"""The program behind `test_layouts.py`: goes through many layouts in one launch and writes what each one
+computed.
 
-Run as ranks of one job: every case of the job's world size is trained for a few optimizer steps on fixed rows, with SFT's
-loss and with the GRPO objective, and rank 0 writes {case: {"loss": [...], "grad_norm": [...]}}.
+Run as ranks of one job: every case of the job's world size is trained for a few optimizer steps on fixed
+rows, with SFT's loss and with the GRPO objective, and rank 0 writes {case: {"loss": [...], "grad_norm":
+[...]}}.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from phi4r.model.names import load_weights, random_weights
 from phi4r.model.packed import PackedContext
 from phi4r.parallel.layout import init_layout
 from phi4r.rl.batch import grpo_loss
+from phi4r.rl.rollout import EmbeddedEngine, SampleRequest, SamplingOptions
 from phi4r.train.engine import Engine, TokenLoss, sft_loss
 
 STEPS, ROWS, LENGTH, VOCAB = 5, 4, 64, 64
@@ -33,7 +36,8 @@ OPTIMIZER = OptimizerConfig(lr=1e-2, warmup_steps=0, decay="constant", weight_de
 
 @dataclass(frozen=True)
 class Case:
-    """A layout, how rows are filled, the loss, and perhaps a planted bug."""
+    """A layout, how rows are filled, the loss, and perhaps a planted bug. pp3 cuts the four layers unevenly:
+    2, 1, 1."""
 
     layout: str
     parallel: dict[str, Any] = field(default_factory=dict)
@@ -45,7 +49,14 @@ class Case:
 
     @property
     def name(self) -> str:
-        parts = [self.layout, "packed" if self.packed else "unpacked", self.loss, self.dtype, self.recompute, self.bug]
+        parts = [
+            self.layout,
+            "packed" if self.packed else "unpacked",
+            self.loss,
+            self.dtype,
+            self.recompute,
+            self.bug,
+        ]
         return "-".join(p for p in parts if p and p not in ("none", "fp32"))
 
 
@@ -63,6 +74,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2cp2": {"tp": 2, "cp": 2},
     "tp2dp2": {"tp": 2, "dp": 2},
     "tp2sp_pp2": {"tp": 2, "sp": True, "pp": 2},
+    "pp3": {"pp": 3},
     "pp4": {"pp": 4},
 }
 GRPO_LAYOUTS = ("tp1", "tp2", "tp2sp", "pp2", "pp2vpp2", "cp2", "dp2distopt", "tp2pp2", "tp2cp2")
@@ -78,7 +90,11 @@ def cases() -> list[Case]:
     ]
     matrix += [Case(layout, LAYOUTS[layout], loss="grpo") for layout in GRPO_LAYOUTS]
     matrix += [Case(layout, LAYOUTS[layout], dtype="bf16") for layout in ("tp1", "dp2distopt", "pp2")]
-    matrix += [Case(layout, LAYOUTS[layout], recompute=r) for layout in ("tp1", "tp2sp") for r in ("selective", "full")]
+    matrix += [
+        Case(layout, LAYOUTS[layout], recompute=r)
+        for layout in ("tp1", "tp2sp")
+        for r in ("selective", "full")
+    ]
     matrix += [
         Case("pp4", LAYOUTS["pp4"]),
         Case("pp4", LAYOUTS["pp4"], bug="middle_stages_lose_cu_seqlens"),
@@ -111,7 +127,9 @@ def rows(packed: bool, step: int) -> list[PackedRow]:
         trial = [*documents, Document(tokens, mask, extras)]
         filled = pack(trial, LENGTH) if packed else [row for d in trial for row in pack([d], LENGTH)]
         if len(filled) > ROWS:
-            return pack(documents, LENGTH) if packed else [row for d in documents for row in pack([d], LENGTH)]
+            return (
+                pack(documents, LENGTH) if packed else [row for d in documents for row in pack([d], LENGTH)]
+            )
         documents = trial
 
 
@@ -129,7 +147,9 @@ class LosesDocuments(Engine):
     def _context(self, *args: Any, **kwargs: Any) -> tuple[PackedContext, Tensor]:
         context, ids = super()._context(*args, **kwargs)
         if 0 < self.layout.pp_rank < self.layout.pp - 1:
-            context.cu_seqlens_q = context.cu_seqlens_kv = torch.tensor([0, context.num_tokens], dtype=torch.int32)
+            context.cu_seqlens_q = context.cu_seqlens_kv = torch.tensor(
+                [0, context.num_tokens], dtype=torch.int32
+            )
             context.position_ids = torch.arange(context.num_tokens)
         return context, ids
 
@@ -152,17 +172,42 @@ def train(case: Case) -> dict[str, list[float]]:
         loss = averaged_per_microbatch
     losses, norms = [], []
     for step in range(STEPS):
-        result = engine.train_step(rows(case.packed, step), loss, OPTIMIZER.lr, with_entropy=case.loss == "grpo")
+        result = engine.train_step(
+            rows(case.packed, step), loss, OPTIMIZER.lr, with_entropy=case.loss == "grpo"
+        )
         losses.append(result.loss)
         norms.append(result.grad_norm)
     return {"loss": losses, "grad_norm": norms}
 
 
+SAMPLING_LAYOUTS = ("tp1", "tp2", "tp2sp", "pp2", "pp2vpp2", "dp2distopt", "cp2", "tp2pp2", "tp2sp_pp2")
+
+
+def sample(parallel_settings: dict[str, Any]) -> list[list[int]]:
+    """Tokens sampled by the embedded engine from the same weights and counters, with fewer slots than
+    requests."""
+    parallel = ParallelConfig(**parallel_settings)
+    layout = init_layout(parallel)
+    engine = Engine(MODEL, parallel, layout, TrainConfig())
+    load_weights(engine.models, MODEL, random_weights(MODEL, 7), layout.tp_rank, layout.tp)
+    random = np.random.default_rng(5)
+    requests = [
+        SampleRequest(tuple(random.integers(0, VOCAB, int(random.integers(1, 9))).tolist()), (0, number))
+        for number in range(11)
+    ]
+    completions = EmbeddedEngine(engine, stop_ids=[3, 4], num_slots=4).generate(requests, SamplingOptions(20))
+    return [completion.tokens for completion in completions]
+
+
 def run(payload: dict[str, Any]) -> None:
-    """Train every case of this job's world size; rank 0 writes the results to payload["out"]."""
-    results = {}
+    """Train and sample in every layout of this job's world size; rank 0 writes the results to
+    payload["out"]."""
+    results: dict[str, Any] = {}
     for case in cases():
         if world_size(case) == payload["world_size"]:
             results[case.name] = train(case)
+    for name in SAMPLING_LAYOUTS:
+        if ParallelConfig(**LAYOUTS[name]).world_size == payload["world_size"]:
+            results[f"{name}-samples"] = sample(LAYOUTS[name])
     if torch.distributed.get_rank() == 0:
         Path(payload["out"]).write_text(json.dumps(results))

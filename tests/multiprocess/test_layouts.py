@@ -17,19 +17,27 @@ Results = dict[str, dict[str, list[float]]]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """All cases, three launches."""
+    """All cases, one launch per number of ranks."""
     folder: Path = tmp_path_factory.mktemp("layouts")
     found: Results = {}
-    for world_size in (1, 2, 4):
+    for world_size in (1, 2, 3, 4):
         out = folder / f"{world_size}.json"
         payload = {"world_size": world_size, "out": str(out)}
-        run_ranks("tests.multiprocess.launch_target:run", payload, world_size, folder / str(world_size), timeout_s=600, threads=1)
+        run_ranks(
+            "tests.multiprocess.layouts:run",
+            payload,
+            world_size,
+            folder / str(world_size),
+            timeout_s=600,
+            threads=1,
+        )
         found |= json.loads(out.read_text())
     return found
 
 
 def deviation(results: Results, case: layouts.Case, key: str) -> float:
-    """Largest relative difference over the steps between `case` and the same case on one process, without its bug."""
+    """Largest relative difference over the steps between `case` and the same case on one process, without its
+    bug."""
     reference = layouts.Case("tp1", packed=case.packed, loss=case.loss, dtype=case.dtype)
     pairs = zip(results[case.name][key], results[reference.name][key], strict=True)
     return max(abs(a - b) / abs(b) for a, b in pairs)
@@ -39,8 +47,10 @@ CASES = [case for case in layouts.cases() if not case.bug]
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-def test_layout_gives_the_losses_and_gradient_norms_of_one_process(results: Results, case: layouts.Case) -> None:
-    # bf16 stages pass activations on exactly, so only sums over ranks may differ; TP would round partial sums to bf16.
+def test_layout_gives_the_losses_and_gradient_norms_of_one_process(
+    results: Results, case: layouts.Case
+) -> None:
+    # bf16 stages pass activations on exactly, so only sums over ranks may differ.
     loss_tolerance, norm_tolerance = (1e-5, 1e-4) if case.dtype == "fp32" else (1e-4, 1e-3)
     assert deviation(results, case, "loss") <= loss_tolerance
     assert deviation(results, case, "grad_norm") <= norm_tolerance
@@ -50,6 +60,13 @@ def test_the_training_moves_the_loss_so_that_equality_says_something(results: Re
     for case in CASES:
         losses = results[case.name]["loss"]
         assert max(losses) - min(losses) > 1e-3, case.name
+
+
+@pytest.mark.parametrize("layout", layouts.SAMPLING_LAYOUTS[1:])
+def test_layout_samples_the_tokens_of_one_process(results: dict[str, list[list[int]]], layout: str) -> None:
+    reference = results["tp1-samples"]
+    assert len({len(tokens) for tokens in reference}) > 2, "sequences should end at different times"
+    assert results[f"{layout}-samples"] == reference
 
 
 @pytest.mark.parametrize("case", [c for c in layouts.cases() if c.bug], ids=lambda c: c.name)

@@ -1,4 +1,5 @@
-"""A run that is killed with SIGKILL and started again leaves the metrics of a run that was never interrupted, bit for bit."""
+"""A run that is killed with SIGKILL and started again leaves the metrics of a run that was never interrupted,
+bit for bit."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ pytestmark = pytest.mark.multiprocess
 
 WALL_CLOCK = ("step_seconds", "tokens_per_second")
 SFT = [
-    "sft", "tiny", "--train.num_steps", "8", "--train.eval_every", "3", "--checkpoint.every", "2", "--checkpoint.keep_last", "1",
+    "sft", "tiny", "--train.num_steps", "8", "--train.eval_every", "3", "--checkpoint.every", "2",
+    "--checkpoint.keep_last", "1",
     "--data.num_generated", "160", "--data.heldout", "8", "--optimizer.warmup_steps", "3",
 ]  # fmt: skip
 RL = [

@@ -1,0 +1,27 @@
+"""The CPU platform is as small as it can be: without any one of its patches something phi4r does on a CPU
+breaks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from phi4r.parallel import cpu
+from phi4r.parallel.launch import run_ranks
+
+
+@pytest.mark.multiprocess
+def test_every_patch_is_needed(tmp_path: Path) -> None:
+    payload = {"run_dir": str(tmp_path / "run")}
+    found = run_ranks("tests.parallel.platform_probe:main", payload, 2, tmp_path, timeout_s=120)
+    assert set(found) == set(cpu.PATCHES)
+    assert [name for name, error in found.items() if not error] == []
+
+
+def test_the_platform_does_nothing_where_cuda_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.cuda.current_device
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert cpu.install() is False
+    assert torch.cuda.current_device is before
