@@ -1,7 +1,7 @@
 """Times the C++ host code against its Python reference and appends a row per op and size to
 results/native.csv.
 
-    python benchmarks/native.py [--repeats 7]
+    python -m benchmarks.native [--repeats 7]
 
 Columns: date (UTC), commit, dirty (the tree had changes), cpu, op, size, python_s, native_s (medians of
 interleaved runs), ratio = python_s / native_s. Inputs are random, drawn anew for every repeat; both answers
@@ -11,22 +11,17 @@ are compared before a time counts, and nothing is written if they differ.
 from __future__ import annotations
 
 import argparse
-import csv
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.rows import append_rows, provenance
 from phi4r.data import native
 
-RESULTS = Path(__file__).parent / "results" / "native.csv"
 COLUMNS = ["date", "commit", "dirty", "cpu", "op", "size", "python_s", "native_s", "ratio"]
 ROW_LENGTH = 32_768
 
@@ -83,21 +78,6 @@ def seconds(function: Callable[[Any], Any], argument: Any) -> tuple[float, Any]:
             return elapsed / calls, result
 
 
-def git(*arguments: str) -> str:
-    """Output of a git command in this repository, "" outside of one."""
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def cpu_name() -> str:
-    """The processor's name as Linux gives it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
-
-
 def main() -> int:
     """Runs all cases, prints a table and appends the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -108,14 +88,7 @@ def main() -> int:
         return 1
     from phi4r_kernels import _native
 
-    shared = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": git("rev-parse", "--short", "HEAD"),
-        "dirty": int(
-            bool(git("status", "--porcelain", "--", "kernels", "phi4r/data", "benchmarks/native.py"))
-        ),
-        "cpu": cpu_name(),
-    }
+    shared = provenance("kernels", "phi4r/data", "benchmarks/native.py")
     random = np.random.default_rng()
     rows = []
     for op, size, make, python, cpp in cases(_native):
@@ -132,13 +105,7 @@ def main() -> int:
         row = {"op": op, "size": size, "python_s": f"{slow:.3e}", "native_s": f"{fast:.3e}"}
         rows.append(shared | row | {"ratio": f"{slow / fast:.1f}"})
         print(f"{op:18} {size:>8,}  python {slow:.3e} s  native {fast:.3e} s  {slow / fast:6.1f}x")
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as stream:
-        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append_rows("native", COLUMNS, rows)
     return 0
 
 
