@@ -2,9 +2,9 @@
 
     python -m benchmarks.quickstart [--seeds 0 1 2] [--folder runs/seeds] [-- --parallel.tp 2 ...]
 
-Every seed tried is written, whatever came out. Columns: date (UTC), commit, dirty, cpu, seed, settings (what was
-changed), accuracy after SFT and after GRPO (avg@8 on held-out problems) with their 95% intervals, the paired gain with
-its interval, mean response lengths in tokens, and seconds of the whole run.
+Every seed tried is written, whatever came out. Columns: date (UTC), commit, dirty, cpu, seed, settings (what
+was changed), accuracy after SFT and after GRPO (avg@8 on held-out problems) with their 95% intervals, the
+paired gain with its interval, mean response lengths in tokens, and seconds of the whole run.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from typing import Any
 from benchmarks.rows import append_rows, provenance
 
 COLUMNS = [
-    "date", "commit", "dirty", "cpu", "seed", "settings", "sft_avg_at_8", "sft_low", "sft_high", "grpo_avg_at_8",
-    "grpo_low", "grpo_high", "gain", "gain_low", "gain_high", "sft_length", "grpo_length", "seconds",
+    "date", "commit", "dirty", "cpu", "seed", "settings", "sft_avg_at_8", "sft_low", "sft_high",
+    "grpo_avg_at_8", "grpo_low", "grpo_high", "gain", "gain_low", "gain_high", "sft_length", "grpo_length",
+    "seconds",
 ]  # fmt: skip
 
 

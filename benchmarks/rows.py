@@ -1,4 +1,4 @@
-"""Rows of benchmarks/results/*.csv: appended by the tools, with where and from what they came; never typed."""
+"""Rows of benchmarks/results/*.csv: appended by the tools, with their provenance; never typed."""
 
 from __future__ import annotations
 
