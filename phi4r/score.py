@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,18 @@ def main(checkpoint: str, input: Path, output: Path, parallel: ParallelConfig) -
         num_lines = sum(1 for _ in read_jsonl(input))
         opened = open_inference(checkpoint, parallel)
         engine, is_main = opened.engine, opened.layout.is_main
-        writer = JsonlWriter(output) if is_main else None
         done = 0
-        with Progress("score", num_lines, every=BLOCK) as progress:
+        # A block and not a close() at the end: after a bad line no temporary file stays behind.
+        with (
+            JsonlWriter(output) if is_main else nullcontext() as writer,
+            Progress("score", num_lines, every=BLOCK) as progress,
+        ):
             for block in _blocks(_sequences(input, engine.model_config.vocab_size)):
                 for logprobs in score_sequences(engine, block, parallel):
                     if writer is not None:
                         writer.write({"logprobs": logprobs})
                 done += len(block)
                 progress.update(done)
-        if writer is not None:
-            writer.close()
 
 
 def score_sequences(
