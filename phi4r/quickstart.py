@@ -163,8 +163,8 @@ def write_report(pipeline: Pipeline, seed: int, overrides: Sequence[str]) -> Rep
     inputs = ReportInputs(
         title="phi4r quick start",
         description=(
-            "Phi-4-reasoning's pipeline in miniature: a tiny Phi-4 learns left-to-right arithmetic from traces"
-            " of which half skip the working, then GRPO rewards right answers."
+            "Phi-4-reasoning's pipeline in miniature: a tiny Phi-4 learns left-to-right arithmetic from"
+            " traces of which half skip the working, then GRPO rewards right answers."
         ),
         facts={
             "Task": pipeline.sft.data.task,

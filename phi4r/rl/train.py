@@ -10,7 +10,7 @@ log-probs is run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +75,8 @@ def main(cfg: RLConfig, run_dir: Path) -> None:
                 if layout.is_main:
                     write_rollouts(run_dir, step + 1, (t.record(step + 1, tokenizer) for t in trajectories))
                 metrics = rollout_metrics(trajectories, groups)
-                if groups.informative_share >= cfg.objective.min_informative:
-                    metrics |= update(cfg, policy, reference, trajectories, step, loop.check_finite)
-                else:
-                    metrics |= {"lr": 0.0, "skipped": 1}
+                informative = groups.informative_share >= cfg.objective.min_informative
+                metrics |= update(cfg, policy, reference, trajectories, step, informative, loop.check_finite)
                 shown: dict[str, Any] = {
                     k: metrics[k] for k in ("reward", "accuracy", "response_length", "loss") if k in metrics
                 }
@@ -117,9 +115,14 @@ def update(
     reference: Engine,
     trajectories: Sequence[Trajectory],
     step: int,
-    check: Any,
+    informative: bool,
+    check: Callable[[int, StepResult], None],
 ) -> dict[str, Any]:
-    """The optimizer steps on one set of trajectories; returns their metrics (means over the updates)."""
+    """The optimizer steps on one set of trajectories; returns their metrics (means over the updates).
+
+    Where the samples are not `informative` the weights stay as they are and the metrics are only measured:
+    groups without variance have no advantages, and what is left pulls on noise.
+    """
     objective, temperature = cfg.objective, cfg.rollout.temperature
     constant = cfg.reward.resolved(cfg.rollout.max_new_tokens).max_tokens
     documents = response_documents(
@@ -138,8 +141,12 @@ def update(
     lr = learning_rate(cfg.optimizer, step, cfg.train.num_steps)
     results = []
     for part in deal(documents, num_updates, cfg.seed, step):
-        result = policy.train_step(pack(part, length), loss, lr, temperature=temperature, with_entropy=True)
-        check(step, result)
+        rows = pack(part, length)
+        if informative:
+            result = policy.train_step(rows, loss, lr, temperature=temperature, with_entropy=True)
+            check(step, result)
+        else:
+            result = policy.evaluate(rows, loss, temperature=temperature, with_entropy=True)
         results.append(result)
     return {**update_metrics(results), "lr": lr}
 

@@ -168,12 +168,21 @@ class Engine:
         return grad_norm
 
     @torch.no_grad()
-    def evaluate(self, rows: Sequence[PackedRow], loss: TokenLoss = sft_loss) -> tuple[float, int]:
-        """(loss sum / count, count) over `rows`, without gradients."""
+    def evaluate(
+        self,
+        rows: Sequence[PackedRow],
+        loss: TokenLoss = sft_loss,
+        *,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+    ) -> StepResult:
+        """What `train_step` would report on `rows`, without gradients: `grad_norm` is 0 and nothing is
+        applied."""
         for chunk in self.chunks:
             chunk.eval()
-        sums = self._run(rows, loss, 1.0, False, backward=False)
-        return sums["_loss"] / max(sums["_count"], 1.0), int(sums["_count"])
+        sums = self._run(rows, loss, temperature, with_entropy, backward=False)
+        loss_sum, count = sums.pop("_loss"), sums.pop("_count")
+        return StepResult(loss_sum / max(count, 1.0), int(count), 0.0, False, sums)
 
     @torch.no_grad()
     def forward(

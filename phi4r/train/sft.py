@@ -68,7 +68,7 @@ def main(cfg: SFTConfig, run_dir: Path) -> None:
                     and cfg.train.eval_every
                     and ((step + 1) % cfg.train.eval_every == 0 or last)
                 ):
-                    metrics["heldout_loss"], _ = engine.evaluate(data.heldout_rows)
+                    metrics["heldout_loss"] = engine.evaluate(data.heldout_rows).loss
                 shown: dict[str, Any] = {
                     k: metrics[k] for k in ("loss", "heldout_loss", "grad_norm", "lr") if k in metrics
                 }

@@ -101,6 +101,6 @@ def run(payload: dict[str, Any]) -> None:
         else:
             engine = make_engine(sizes, dtype)
             load_model(run_dir, engine.chunks)
-            results.append([engine.evaluate(rows(SAVE_AT))[0]])
+            results.append([engine.evaluate(rows(SAVE_AT)).loss])
     if dist.get_rank() == 0:
         Path(payload["out"]).write_text(json.dumps(results))
