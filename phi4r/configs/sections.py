@@ -266,7 +266,7 @@ class TrainConfig:
     recompute: Literal["none", "selective", "full"] = "none"
     """Recompute activations in the backward pass: nothing, attention only, or whole layers."""
     eval_every: int = 100
-    """SFT: steps between measurements of the held-out loss (0: never). GRPO's own samples are fresh every step."""
+    """SFT: steps between measurements of the held-out loss (0: never). GRPO samples anew in every step."""
     max_nonfinite_steps: int = 10
     """Steps in a row whose gradient may be inf or NaN (they are skipped) before the run stops."""
 
