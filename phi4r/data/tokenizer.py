@@ -257,6 +257,8 @@ class Tokenizer:
         if path == "":
             return cls.builtin()
         path = Path(path)
+        if not path.exists():
+            raise UserError(f"{path}: no such tokenizer file or folder (tokenizer.path)")
         if path.is_dir():
             path = _file_in(path)
         if path.suffix not in (".json", ".model"):

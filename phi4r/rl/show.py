@@ -8,6 +8,7 @@ as one JSON object.
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -240,30 +241,38 @@ def response_text(text: str, answer: str, full: bool = True, style: str = "green
     return out.append(final[place + len(answer) :], style="not dim")
 
 
+def _problem_text(prompt: str) -> str:
+    """The last turn of a rendered prompt without the chat template's markers."""
+    turns: list[str] = re.findall(r"<\|im_sep\|>(.*?)<\|im_end\|>", prompt, flags=re.DOTALL)
+    return turns[-1] if turns else prompt
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    """`mean (least to most)`."""
+    low, high = format(min(values), form), format(max(values), form)
+    return f"{format(statistics.fmean(values), form)} ({low} to {high})"
+
+
 def _group_table(rows: Sequence[Row], shown: Sequence[Row]) -> Table:
-    """The groups that the shown samples belong to, over all selected samples."""
+    """The groups that the shown samples belong to, over all selected samples; fits 80 characters."""
     wanted = dict.fromkeys((row.step, row.prompt_index) for row in shown)
     table = Table(title="Groups", title_justify="left", header_style="bold")
-    for name in ("step", "prompt", "n"):
-        table.add_column(name, justify="right")
-    table.add_column("problem", overflow="ellipsis", no_wrap=True, max_width=40)
-    for name in ("correct", "reward mean", "min", "max", "std", "tokens mean", "min", "max"):
-        table.add_column(name, justify="right")
+    for name in ("step", "prompt", "correct", "reward", "tokens"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("problem", overflow="ellipsis", no_wrap=True)
     groups = group_rows(rows)
     for step, prompt_index in wanted:
         group = groups[step, prompt_index]
-        rewards = [row.reward for row in group]
-        lengths = [row.num_tokens for row in group]
         right = sum(row.outcome == "correct" for row in group)
-        cells = [step, prompt_index, len(group), group[0].prompt, f"{right}/{len(group)}"]
-        cells += [f"{value:+.3f}" for value in (statistics.fmean(rewards), min(rewards), max(rewards))]
-        cells += [
-            f"{statistics.pstdev(rewards):.3f}",
-            f"{statistics.fmean(lengths):.1f}",
-            min(lengths),
-            max(lengths),
+        cells = [
+            str(step),
+            str(prompt_index),
+            f"{right}/{len(group)}",
+            _spread([row.reward for row in group], "+.2f"),
+            _spread([row.num_tokens for row in group], ".0f"),
+            _problem_text(group[0].prompt),
         ]
-        table.add_row(*[Text(str(cell)) for cell in cells])
+        table.add_row(*map(Text, cells))
     return table
 
 
