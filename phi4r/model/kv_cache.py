@@ -18,8 +18,8 @@ class KVCache:
     then read).
     """
 
-    def __init__(self, num_slots: int, max_tokens: int) -> None:
-        self.num_slots, self.max_tokens = num_slots, max_tokens
+    def __init__(self, num_slots: int, max_tokens: int, device: torch.device) -> None:
+        self.num_slots, self.max_tokens, self.device = num_slots, max_tokens, device
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
         self.decoding = False
         self.slots_T = torch.empty(0, dtype=torch.int64)
@@ -28,12 +28,13 @@ class KVCache:
         self.longest = 0
 
     def plan(self, slots_T: Tensor, positions_T: Tensor, *, decoding: bool) -> None:
-        """Announce the next forward: where each of its tokens is stored; int64 [T] both. Padding tokens carry
-        slot -1."""
-        self.slots_T, self.positions_T, self.decoding = slots_T, positions_T, decoding
+        """Announce the next forward: where each of its tokens is stored; int64 [T] both. Tokens beyond T pad
+        the step to a multiple of tp under sequence parallelism and are not stored."""
+        self.decoding = decoding
         if decoding:
             self.num_live = slots_T.numel()
             self.longest = int(positions_T.max()) + 1
+        self.slots_T, self.positions_T = slots_T.to(self.device), positions_T.to(self.device)
 
     def store(self, layer: int, k_TKH: Tensor, v_TKH: Tensor) -> tuple[Tensor, Tensor]:
         """Write this step's keys and values of `layer`; returns the layer's whole cache."""
@@ -41,9 +42,7 @@ class KVCache:
             shape = (self.num_slots, self.max_tokens, *k_TKH.shape[1:])
             self.layers[layer] = (k_TKH.new_zeros(shape), v_TKH.new_zeros(shape))
         keys, values = self.layers[layer]
-        count = (
-            self.slots_T.numel()
-        )  # tokens beyond it pad the step to a multiple of tp under sequence parallelism
+        count = self.slots_T.numel()
         keys[self.slots_T, self.positions_T] = k_TKH[:count]
         values[self.slots_T, self.positions_T] = v_TKH[:count]
         return keys, values

@@ -145,7 +145,7 @@ class EmbeddedEngine:
         )
         longest = max(len(r.prompt_tokens) for r in requests.values()) + options.max_new_tokens
         slots = min(self.num_slots, len(requests))
-        cache = KVCache(slots, longest)
+        cache = KVCache(slots, longest, self.layout.device)
         live: list[_Sequence] = []
         done: dict[int, Completion] = {}
         while live or waiting:
