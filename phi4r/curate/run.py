@@ -35,6 +35,7 @@ from phi4r.data.records import Problem, find_files, load_problems
 from phi4r.errors import UserError
 from phi4r.io import JsonlWriter, atomic_write_json, read_jsonl
 from phi4r.tasks import get_task
+from phi4r.train.folders import find_latest
 
 _FORMAT = 1  # of the stage files, and of what the stages do: a change makes finished stages run again
 
@@ -350,11 +351,11 @@ def _file_digest(path: Path) -> str:
 
 
 def _folder_stamp(path: str) -> list[list[Any]]:
-    """Name, size and time of every file of a checkpoint: changes when the checkpoint does, and is quick
-    to take."""
+    """Name, size and time of every file of a checkpoint (of a run folder: of its newest one, for a log that
+    grows is no other model): changes when the checkpoint does, and is quick to take."""
     if not path:
         return []
-    root = Path(path)
+    root = find_latest(path) or Path(path)
     if not root.exists():
         raise UserError(f"curate.checkpoint: {path}: no such file or folder")
     files = [root] if root.is_file() else sorted(entry for entry in root.rglob("*") if entry.is_file())

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from phi4r.configs.sections import CurateSettings, ProblemsConfig
+from phi4r.configs.sections import CurateSettings, ModelConfig, ProblemsConfig
 from phi4r.configs.stages import CurateConfig
 from phi4r.curate.pool import DEFECT_SHARES
 from phi4r.curate.run import main
 from phi4r.data.records import Problem, load_problems
 from phi4r.errors import UserError
 from phi4r.io import read_jsonl
+from phi4r.train import folders
 
 
 class Sampler:
@@ -225,3 +226,25 @@ def test_a_mixture_weights_or_removes_clusters(tmp_path: Path) -> None:
 def test_a_missing_checkpoint_is_an_error_before_anything_is_measured(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"curate\.checkpoint: .*no such file or folder"):
         main(config(50, checkpoint=str(tmp_path / "absent")), tmp_path / "run", Sampler())
+
+
+def test_pass_rates_belong_to_a_checkpoint_and_not_to_the_log_of_its_run(tmp_path: Path) -> None:
+    run = tmp_path / "sft"
+
+    def publish(step: int) -> None:
+        folder = folders.begin(run, step)
+        (folder / "dist" / "weights").write_text(f"weights of step {step}")
+        folders.write_manifest(folder, folders.Manifest(step, ModelConfig()))
+        folders.publish(run, step, folder, keep_last=1)
+
+    def asked() -> int:
+        sampler = Sampler()
+        main(config(60, checkpoint=str(run)), tmp_path / "curate", sampler)
+        return len(sampler.asked)
+
+    publish(1)
+    assert asked() > 0
+    (run / "metrics.jsonl").write_text("a later line\n")
+    assert asked() == 0, "the model is the same"
+    publish(2)
+    assert asked() > 0, "a newer checkpoint is another model"
