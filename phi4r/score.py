@@ -51,8 +51,7 @@ def score_sequences(
 ) -> list[list[float]]:
     """Log-probs of every token but the first of each sequence. Collective; the same on all ranks."""
     documents = [Document(np.asarray(s, dtype=np.int32), np.ones(len(s), dtype=bool)) for s in sequences]
-    pieces = (2 * parallel.cp if parallel.cp > 1 else 1) * (parallel.tp if parallel.sp else 1)
-    length = -(-max(SHORTEST_ROW, max(len(d.tokens) for d in documents)) // pieces) * pieces
+    length = parallel.fit_row(max(SHORTEST_ROW, max(len(d.tokens) for d in documents)))
     rows = pack(documents, length)
     values = unpack(rows, list(engine.forward(rows)[0]), documents)
     return [value[1:].tolist() for value in values]

@@ -179,6 +179,16 @@ class ParallelConfig:
         """Number of ranks: tp x pp x cp x dp."""
         return self.tp * self.pp * self.cp * self.dp
 
+    @property
+    def row_multiple(self) -> int:
+        """Packed rows must be a multiple of this many tokens: CP deals each rank two chunks, SP cuts a
+        rank's part once more."""
+        return (2 * self.cp if self.cp > 1 else 1) * (self.tp if self.sp else 1)
+
+    def fit_row(self, num_tokens: int) -> int:
+        """The shortest row of at least `num_tokens` tokens that the layout can cut."""
+        return -(-num_tokens // self.row_multiple) * self.row_multiple
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:

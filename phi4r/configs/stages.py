@@ -98,12 +98,10 @@ class SFTConfig:
             f"{rows} rows over parallel.dp = {p.dp} are {rows // p.dp} microbatches;"
             f" the interleaved pipeline needs a multiple of parallel.pp = {p.pp}",
         )
-        # Context parallelism deals each rank two chunks (zig-zag); sequence parallelism cuts these once more.
-        pieces = (2 * p.cp if p.cp > 1 else 1) * (p.tp if p.sp else 1)
         require(
-            length % pieces == 0,
+            length % p.row_multiple == 0,
             "data.seq_length",
-            f"{length} is not a multiple of {pieces}, which parallel.cp = {p.cp}"
+            f"{length} is not a multiple of {p.row_multiple}, which parallel.cp = {p.cp}"
             + (f" and parallel.sp at tp = {p.tp} need" if p.sp else " needs"),
         )
         require(

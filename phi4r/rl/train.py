@@ -160,14 +160,10 @@ def deal(documents: Sequence[Document], num_updates: int, seed: int, step: int) 
 
 
 def row_length(cfg: RLConfig, documents: Sequence[Document]) -> int:
-    """Tokens of a packed row: room for the longest possible sample, a multiple of what the layout cuts rows
-    into."""
-    longest = max(
-        cfg.rollout.max_prompt_tokens + cfg.rollout.max_new_tokens, max(len(d.tokens) for d in documents)
-    )
-    parallel = cfg.parallel
-    pieces = (2 * parallel.cp if parallel.cp > 1 else 1) * (parallel.tp if parallel.sp else 1)
-    return -(-max(longest, cfg.rollout.row_tokens) // pieces) * pieces
+    """Tokens of a packed row: `rollout.row_tokens`, or more where the longest possible sample needs it."""
+    longest = max(len(document.tokens) for document in documents)
+    possible = cfg.rollout.max_prompt_tokens + cfg.rollout.max_new_tokens
+    return cfg.parallel.fit_row(max(longest, possible, cfg.rollout.row_tokens))
 
 
 def add_logprobs(
