@@ -1,6 +1,7 @@
 # make quickstart   virtual environment, installation, and the whole pipeline on a tiny Phi-4
 # make test         what the tests need, lint, types, the default test suite
 # make install      .venv with phi4r, editable, at the versions of constraints.txt
+# make test-slow    the tests marked slow: the whole quick start at a small size
 # make test-deps    the same plus what tests and lint need
 # make lint         ruff and mypy
 # make format       ruff, rewriting files
@@ -20,7 +21,7 @@ NATIVE := CMakeLists.txt $(wildcard kernels/csrc/*)
 # The layout tests start several ranks; one thread each keeps them from spinning on each other's cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install test-deps quickstart test lint format clean
+.PHONY: install test-deps quickstart test test-slow lint format clean
 
 install: $(VENV)/.installed
 
@@ -32,6 +33,10 @@ quickstart: install
 test: test-deps lint
 	@echo "== tests"
 	$(BIN)/python -m pytest -q -m "not slow and not gpu and not vllm and not slurm" --durations=15 $(TESTS)
+
+test-slow: test-deps
+	@echo "== slow tests"
+	$(BIN)/python -m pytest -q -m "slow and not gpu and not vllm and not slurm" $(TESTS)
 
 lint: test-deps
 	@echo "== lint and types"
