@@ -44,15 +44,18 @@ def main(cfg: EvalConfig, checkpoint: str, run_dir: Path) -> None:
     with distributed_session():
         settings = SummarySettings(bootstrap=cfg.eval.bootstrap, seed=cfg.seed)
         before, summaries, gain = None, {}, None
+        # The two are told apart by their names, or by their whole paths where these are the same.
+        same_name = Path(cfg.eval.compare).name == Path(checkpoint).name
+        name, other = (path if same_name else Path(path).name for path in (checkpoint, cfg.eval.compare))
         if cfg.eval.compare:
             before = evaluate_checkpoint(cfg, cfg.eval.compare, run_dir / "compare_results.jsonl")
-            summaries["compare"] = summarise(before, settings)
+            summaries[other] = summarise(before, settings)
         results = evaluate_checkpoint(cfg, checkpoint, run_dir / "results.jsonl")
-        summaries["checkpoint"] = summarise(results, settings)
-        document = {"checkpoint": checkpoint, **summaries["checkpoint"]}
+        summaries[name] = summarise(results, settings)
+        document = {"checkpoint": checkpoint, **summaries[name]}
         if before is not None:
             gain = compare(before, results, settings)
-            document |= {"compare": {"checkpoint": cfg.eval.compare, **summaries["compare"]}, "gain": gain}
+            document |= {"compare": {"checkpoint": cfg.eval.compare, **summaries[other]}, "gain": gain}
         if is_main_rank():
             atomic_write_json(run_dir / "summary.json", document)
         console().print(summary_table(summaries, gain), soft_wrap=False)
