@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import NamedTuple, cast
+from typing import cast
 
 from phi4r.verify.extract import Extraction
 from phi4r.verify.strict import Outcome, SymbolicQuestion, Verdict, decide_quickly
@@ -32,15 +32,6 @@ START_TIMEOUT_S = 120.0
 MAX_START_FAILURES = 3
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-
-
-class VerifierJob(NamedTuple):
-    """A response to grade. `gold` may be bare, boxed, or GSM8K's `steps #### answer`; `response` is the
-    whole text.
-    """
-
-    gold: str
-    response: str
 
 
 class VerifierUnavailableError(RuntimeError):
