@@ -14,9 +14,12 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def git(*arguments: str) -> str:
-    """Output of a git command in this repository, "" outside of one."""
+    """Output of a git command in this repository, "" outside of one or without git."""
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def cpu_name() -> str:
@@ -40,14 +43,28 @@ def provenance(*paths: str) -> dict[str, Any]:
     }
 
 
-def append_rows(name: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Append rows to results/NAME.csv, with a header where the file is new; returns the file."""
-    path = RESULTS / f"{name}.csv"
+def append_rows(
+    name: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]], folder: Path = RESULTS
+) -> Path:
+    """Append rows to FOLDER/NAME.csv, with a header where the file is new; returns the file. ValueError where
+    the file has other columns."""
+    path = folder / f"{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.exists()
+    if not is_new:
+        with open(path, newline="", encoding="utf-8") as file:
+            header = next(csv.reader(file), [])
+        if header != list(columns):
+            raise ValueError(f"{path} has the columns {header}, these rows {list(columns)}: move it away")
     with open(path, "a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=columns, lineterminator="\n")
         if is_new:
             writer.writeheader()
         writer.writerows(rows)
     return path
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a result file, every value as it is written."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
