@@ -300,11 +300,26 @@ class CheckpointConfig:
     """Steps between checkpoints (0: only at the end)."""
     keep_last: int = 2
     """Newest checkpoints that are kept (0: all)."""
+    keep_every: int = 0
+    """Checkpoints of steps that are multiples of this are kept as well (0: none)."""
+    best_metric: str = ""
+    """The checkpoint with the best value of this metric is kept as well, as in "heldout_loss" ("": none). A
+    checkpoint counts if its step measured the metric."""
+    best_mode: Literal["min", "max"] = "min"
+    """Whether a small or a large best_metric is good."""
     save_final: bool = True
     """Save after the last step."""
+    background: bool = True
+    """Write from a copy in host memory while the next steps run. A run has one such save at a time."""
+    on_error: Literal["stop", "continue"] = "stop"
+    """When a checkpoint cannot be written (a full disk): end the run, or warn and try again when the next is
+    due. The last one of a run always has to succeed."""
+    on_damaged: Literal["stop", "older"] = "stop"
+    """When the newest checkpoint turns out to be damaged: end with the name of the file and of an older
+    checkpoint, or set it aside and go on from the older one."""
 
     def __post_init__(self) -> None:
-        _at_least("checkpoint", self, every=0, keep_last=0)
+        _at_least("checkpoint", self, every=0, keep_last=0, keep_every=0)
 
 
 @dataclass(frozen=True, kw_only=True)

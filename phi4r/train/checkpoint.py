@@ -1,8 +1,7 @@
-"""Saving and loading training through megatron-core's dist_checkpointing (`torch_dist` format), in any
-layout.
+"""Loading training through megatron-core's dist_checkpointing (`torch_dist` format), in any layout.
 
 The format has no layout in it: a tensor is stored once under its global name, each rank asks for its part.
-Folders, retention and what makes a checkpoint whole are in `phi4r.train.folders`; re-exported here.
+Saving is in `phi4r.train.save`; folders and what makes a checkpoint whole in `phi4r.train.folders`.
 
 megatron-core 0.16.1 without transformer-engine or apex cannot resume its distributed optimizer by itself. The
 three work-rounds are `fill_adam_state`, `set_states_without_step` and `unshare_steps`; `WORK_ROUNDS` names
@@ -16,25 +15,15 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
-from megatron.core.dist_checkpointing.strategies.fully_parallel import (
-    FullyParallelLoadStrategyWrapper,
-    FullyParallelSaveStrategyWrapper,
-)
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from torch import nn
 
 from phi4r.configs.sections import ModelConfig
@@ -44,27 +33,11 @@ from phi4r.model.names import hf_tensors, load_weights, local_weights, shard, un
 from phi4r.train import folders
 from phi4r.train.folders import (
     DIST,
-    TOKENIZER,
     Manifest,
-    find_latest,
     read_manifest,
     read_model_config,
-    remove_leftovers,
     resolve_checkpoint,
-    tokenizer_folder,
 )
-
-__all__ = [
-    "find_latest",
-    "load_checkpoint",
-    "load_model",
-    "read_manifest",
-    "read_model_config",
-    "remove_leftovers",
-    "resolve_checkpoint",
-    "save_checkpoint",
-    "tokenizer_folder",
-]
 
 T = TypeVar("T")
 
@@ -75,79 +48,8 @@ WORK_ROUNDS = {
 }
 
 
-class SavesFiles(Protocol):
-    """A tokenizer, as far as a checkpoint cares."""
-
-    def save(self, folder: Path) -> None: ...
-
-
-# --- save
-
-
-def save_checkpoint(
-    run_dir: str | Path,
-    step: int,
-    chunks: Sequence[nn.Module],
-    optimizer: Any | None,
-    *,
-    state: dict[str, Any],
-    model_cfg: ModelConfig,
-    tokenizer: SavesFiles | None = None,
-    layout: dict[str, Any] | None = None,
-    keep_last: int = 2,
-) -> Path:
-    """Write RUN/checkpoints/step_<step> and retire old ones. Collective: every rank calls it with the same
-    arguments.
-
-    chunks: this rank's model chunks, wrapped or not. optimizer: megatron-core's, or None for weights only.
-    state: small, JSON-able and the same on all ranks; rank 0's is kept. Returns the folder once it is whole
-    and visible, on all ranks. An error of writing (a full disk) is raised on every rank. keep_last >= 1.
-    """
-    _finish_param_gather(chunks)
-    temporary = _main_rank(lambda: folders.begin(run_dir, step))
-    # Everything is written under the temporary name; ranks meet inside dist_checkpointing.save.
-    if optimizer is not None:
-        fill_adam_state(optimizer)
-    tree = _sharded_state(chunks, optimizer, is_loading=False)
-    strategy: Any = _InProcessSave()
-    group = mpu.get_data_parallel_group(with_context_parallel=True)
-    if group.size() > 1:
-        strategy = FullyParallelSaveStrategyWrapper(strategy, group, False)
-    with _quiet():
-        dist_checkpointing.save(tree, str(temporary / DIST), sharded_strategy=strategy)
-
-    def finish() -> Path:
-        names: tuple[str, ...] = ()
-        if tokenizer is not None:
-            tokenizer.save(temporary / TOKENIZER)
-            names = tuple(sorted(path.name for path in (temporary / TOKENIZER).iterdir()))
-        kind = _optimizer_kind(optimizer)
-        manifest = Manifest(step, model_cfg, layout or {}, kind, state, names)
-        folders.write_manifest(temporary, manifest)
-        return folders.publish(run_dir, step, temporary, keep_last)
-
-    return _main_rank(finish)
-
-
-class _InProcessSave(SaveShardedStrategy):
-    """`torch_dist` written by this process, one file a rank.
-
-    megatron-core's own strategy hands the writing to spawned and forked processes even when it then waits for
-    them, which takes seconds for a checkpoint of any size. The files are the same.
-    """
-
-    can_handle_sharded_objects = True
-
-    def __init__(self) -> None:
-        super().__init__("torch_dist", 1)
-
-    def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
-        tensors, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        dcp.save(
-            mcore_to_pyt_state_dict(tensors, False),
-            storage_writer=dcp.FileSystemWriter(checkpoint_dir, sync_files=True, thread_count=1),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
+class DamagedError(UserError):
+    """A checkpoint whose bytes are not those that were written. Raised on every rank."""
 
 
 # --- load
@@ -164,12 +66,14 @@ def load_checkpoint(
     `state`.
 
     Collective. Any layout loads any checkpoint; values are cast to the dtype of the parameters. Without
-    `optimizer` only weights are read (a trainer then calls the optimizer's `reload_model_params`). Raises
-    UserError for a damaged folder, another model, or another kind of optimizer. leave_out: names from
-    `WORK_ROUNDS` to skip (tests only).
+    `optimizer` only weights are read (a trainer then calls the optimizer's `reload_model_params`). Every byte
+    of the folder is checked first, each rank reading its share. Raises DamagedError for a damaged folder,
+    UserError for another model or another kind of optimizer. leave_out: names from `WORK_ROUNDS` to skip
+    (tests only).
     """
     folder = Path(path)
-    manifest = _main_rank(lambda: read_manifest(folder))
+    check_bytes(folder)
+    manifest = on_main_rank(lambda: read_manifest(folder))
     _check_model(folder, manifest.model, chunks)
     if optimizer is not None:
         _check_optimizer(folder, manifest, optimizer)
@@ -182,8 +86,8 @@ def load_checkpoint(
     group = mpu.get_data_parallel_group(with_context_parallel=True)
     if group.size() > 1:
         strategy = FullyParallelLoadStrategyWrapper(strategy, group)
-    tree = _sharded_state(chunks, optimizer, is_loading=True)
-    with _quiet():
+    tree = sharded_state(chunks, optimizer, is_loading=True)
+    with quiet():
         loaded = dist_checkpointing.load(tree, location, sharded_strategy=strategy)
     for index, chunk in enumerate(chunks):
         result = unwrap(chunk).load_state_dict(loaded[f"model{index}"], strict=False)
@@ -202,13 +106,26 @@ def load_checkpoint(
     return manifest.state
 
 
+def check_bytes(folder: Path) -> None:
+    """DamagedError on every rank, naming the file, unless all bytes of a checkpoint are those that were
+    written. Collective: every rank reads a share of the files."""
+    found = folders.damage(folder, dist.get_rank(), dist.get_world_size())
+    if dist.get_world_size() > 1:
+        lists: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(lists, found)
+        found = [problem for part in lists for problem in part]
+    if found:
+        more = len(set(found)) - 1
+        raise DamagedError(found[0] + (f" (and {more} more files)" if more else ""))
+
+
 def load_model(path: str | Path, chunks: Sequence[nn.Module]) -> None:
     """Fill the model chunks with the weights of a checkpoint, run or Hugging Face folder. Collective.
 
     Values are cast to the dtype of the parameters. Raises UserError for anything that is not a model of this
     size.
     """
-    kind, folder = _main_rank(lambda: resolve_checkpoint(path))
+    kind, folder = on_main_rank(lambda: resolve_checkpoint(path))
     if kind == "phi4r":
         load_checkpoint(folder, chunks)
         return
@@ -238,14 +155,14 @@ def _check_model(folder: Path, model: ModelConfig, chunks: Sequence[nn.Module]) 
             )
 
 
-def _optimizer_kind(optimizer: Any | None) -> Any:
+def optimizer_kind(optimizer: Any | None) -> Any:
     if optimizer is None:
         return ""
     return "distributed" if hasattr(_parts(optimizer)[0], "gbuf_ranges") else "plain"
 
 
 def _check_optimizer(folder: Path, manifest: Manifest, optimizer: Any) -> None:
-    kind = _optimizer_kind(optimizer)
+    kind = optimizer_kind(optimizer)
     if not manifest.optimizer:
         raise UserError(
             f"{folder}: holds weights only, so training cannot be resumed from it "
@@ -262,7 +179,7 @@ def _check_optimizer(folder: Path, manifest: Manifest, optimizer: Any) -> None:
 # --- what is stored
 
 
-def _sharded_state(chunks: Sequence[nn.Module], optimizer: Any | None, *, is_loading: bool) -> dict[str, Any]:
+def sharded_state(chunks: Sequence[nn.Module], optimizer: Any | None, *, is_loading: bool) -> dict[str, Any]:
     metadata = {
         # The other formats are tied to one layout, or dead in this version of megatron-core.
         "distrib_optim_sharding_type": "fully_reshardable",
@@ -283,15 +200,6 @@ def _sharded_state(chunks: Sequence[nn.Module], optimizer: Any | None, *, is_loa
     return model | {
         "optimizer": optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
     }
-
-
-def _finish_param_gather(chunks: Sequence[nn.Module]) -> None:
-    """With overlapped gathering the optimizer's new weights reach the model only in the next forward pass:
-    fetch them.
-    """
-    for chunk in chunks:
-        if getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False):
-            chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
 
 
 # --- the three work-rounds (see WORK_ROUNDS)
@@ -343,23 +251,23 @@ def unshare_steps(optimizer: Any) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """torch deprecates the ShardedTensor that megatron-core hands it, at every save and load."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
         yield
 
 
-def _main_rank(action: Callable[[], T]) -> T:
+def on_main_rank(action: Callable[[], T], kind: type[UserError] = UserError) -> T:
     """Run `action` on rank 0 and give its result, or raise its error, on every rank. No rank passes before it
-    is done.
+    is done. An OSError becomes `kind`.
     """
     box: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             box[0] = action()
         except (OSError, UserError) as error:
-            box[1] = error if type(error) is UserError else UserError(f"checkpoint: {error}")
+            box[1] = error if isinstance(error, UserError) else kind(f"checkpoint: {error}")
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(box, src=0)
     if box[1] is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,14 @@ from typing import Any
 from phi4r.configs.stages import RLConfig, SFTConfig
 from phi4r.console import Progress, say
 from phi4r.data.tokenizer import Tokenizer
+from phi4r.errors import UserError
 from phi4r.parallel.layout import broadcast_object
-from phi4r.train.checkpoint import find_latest, load_checkpoint, remove_leftovers, save_checkpoint
+from phi4r.train import folders
+from phi4r.train.checkpoint import DamagedError, load_checkpoint
 from phi4r.train.engine import Engine, StepResult
 from phi4r.train.log import MetricsLogger
+from phi4r.train.retention import Retention
+from phi4r.train.save import CheckpointError, CheckpointSaver, Saved
 from phi4r.train.session import fill_weights
 from phi4r.train.signals import StopFlag, end_by, stop_flag
 
@@ -45,7 +49,11 @@ class TrainingLoop:
         self._logger: MetricsLogger
         self._progress: Progress
         self._stop: StopFlag
+        self._saver = self._make_saver()
         self._saved_step = self.start_step
+        self._failed_saves = 0
+        self._stall_s = 0.0
+        self._metrics: dict[str, float] = {}
         self._step_began = time.perf_counter()
 
     def _restore(self) -> int:
@@ -53,15 +61,49 @@ class TrainingLoop:
         done."""
         layout = self.engine.layout
         if layout.is_main:
-            remove_leftovers(self.run_dir)
-        latest = broadcast_object(find_latest(self.run_dir) if layout.is_main else None)
-        if latest is None:
-            fill_weights(self.engine, self.config.init.checkpoint, self.config.seed)
-            return 0
-        state = load_checkpoint(latest, self.engine.chunks, self.engine.optimizer)
-        step = int(state["step"])
-        say(f"{self.name}: resuming {self.run_dir} after step {step}")
-        return step
+            folders.remove_leftovers(self.run_dir)
+        while True:
+            steps = list(folders.all_steps(self.run_dir).values())
+            newest = broadcast_object(steps[-1] if steps and layout.is_main else None)
+            if newest is None:
+                fill_weights(self.engine, self.config.init.checkpoint, self.config.seed)
+                return 0
+            try:
+                state = load_checkpoint(newest, self.engine.chunks, self.engine.optimizer)
+            except DamagedError as error:
+                self._fall_back(newest, error)
+                continue
+            step = int(state["step"])
+            say(f"{self.name}: resuming {self.run_dir} after step {step}")
+            return step
+
+    def _fall_back(self, newest: Path, error: DamagedError) -> None:
+        """Set a damaged checkpoint aside if the run is configured so and has an older one; else raise."""
+        older = broadcast_object(folders.older_whole(newest) if self.engine.layout.is_main else None)
+        if older is None:
+            raise UserError(f"{error}; the run has no older checkpoint that is whole")
+        if self.config.checkpoint.on_damaged == "stop":
+            raise UserError(
+                f"{error}; {older} is whole: add --checkpoint.on_damaged older to go on from there, which"
+                f" renames {newest.name} to {folders.DAMAGED}{newest.name}"
+            )
+        say(f"{self.name}: warning: {error}; set aside, going on from {older}")
+        if self.engine.layout.is_main:
+            folders.set_aside(newest)
+
+    def _make_saver(self) -> CheckpointSaver:
+        layout, settings = self.engine.layout, self.config.checkpoint
+        return CheckpointSaver(
+            self.run_dir,
+            self.engine.chunks,
+            self.engine.optimizer,
+            model_cfg=self.engine.model_config,
+            tokenizer=self.tokenizer,
+            layout={name: getattr(layout, name) for name in ("tp", "pp", "vpp", "cp", "dp", "sp")},
+            retention=Retention.of(settings),
+            background=settings.background,
+            timeout_s=self.config.parallel.timeout_s,
+        )
 
     def steps(self) -> Iterator[int]:
         """The steps that are still to do, counted from 0."""
@@ -93,44 +135,61 @@ class TrainingLoop:
         """
         seconds = time.perf_counter() - self._step_began
         clock = {"step_seconds": seconds, "tokens_per_second": num_tokens / max(seconds, 1e-9)}
+        if self._stall_s:
+            clock["checkpoint_stall_seconds"], self._stall_s = self._stall_s, 0.0
         self._logger.log(step + 1, {**metrics, **clock})
+        self._metrics = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
         self._progress.update(step + 1, {**shown, "tok/s": round(clock["tokens_per_second"])})
+        if self._saver.is_writing:
+            self._attempt(self._saver.poll)
         due = self.config.checkpoint.every
         if due and (step + 1) % due == 0:
             self.save(step + 1)
         number = self._stop.agreed(self.engine.layout.device)
         if number:
-            self.save(step + 1)
+            self.save(step + 1, last=True)
             say(
                 f"{self.name}: stopped after step {step + 1} of {self.config.train.num_steps};"
                 " the same command resumes"
             )
             end_by(number)
 
-    def save(self, step: int) -> None:
-        """Write the checkpoint of `step` done steps, once."""
+    def save(self, step: int, *, last: bool = False) -> None:
+        """Write the checkpoint of `step` done steps, once; `last`: be done with it on return, or raise."""
+        if self._saver.is_writing:  # the one before
+            self._attempt(self._saver.wait, last=last and self._saved_step == step)
         if self._saved_step == step:
             return
-        layout = self.engine.layout
-        save_checkpoint(
-            self.run_dir,
-            step,
-            self.engine.chunks,
-            self.engine.optimizer,
-            state={"step": step, "seed": self.config.seed},
-            model_cfg=self.engine.model_config,
-            tokenizer=self.tokenizer,
-            layout={
-                "tp": layout.tp,
-                "pp": layout.pp,
-                "vpp": layout.vpp,
-                "cp": layout.cp,
-                "dp": layout.dp,
-                "sp": layout.sp,
-            },
-            keep_last=self.config.checkpoint.keep_last or 10**9,
-        )
+        state = {"step": step, "seed": self.config.seed}
         self._saved_step = step
+        self._attempt(lambda: self._saver.begin(step, state, self._metrics), last=last)
+        if last or not self.config.checkpoint.background:
+            self._attempt(self._saver.wait, last=last)
+
+    def _attempt(self, action: Callable[[], Saved | None], last: bool = False) -> None:
+        """Do a part of saving; what goes wrong ends the run, or is reported, as configured."""
+        try:
+            saved = action()
+        except CheckpointError as error:
+            if last or self.config.checkpoint.on_error == "stop":
+                raise
+            self._failed_saves += 1
+            say(
+                f"{self.name}: warning: {error}; going on without it (checkpoint.on_error = continue,"
+                f" failure {self._failed_saves} of this run)"
+            )
+            return
+        if saved is not None:
+            self._stall_s += saved.stall_s
+
+    def close(self) -> None:
+        """Save at the end if so configured, and wait for what is still being written."""
+        num_steps = self.config.train.num_steps
+        if self.config.checkpoint.save_final:
+            self.save(max(num_steps, self.start_step), last=True)
+        elif self._saver.is_writing:
+            self._attempt(self._saver.wait, last=True)
+        self._saver.close()
 
 
 @contextmanager
@@ -150,5 +209,4 @@ def open_loop(
         stop_flag() as loop._stop,
     ):
         yield loop
-        if config.checkpoint.save_final:
-            loop.save(max(num_steps, loop.start_step))
+        loop.close()

@@ -16,8 +16,9 @@ from phi4r.data.tokenizer import Tokenizer
 from phi4r.errors import ConfigError, UserError
 from phi4r.model.names import load_weights, random_weights
 from phi4r.parallel.layout import Layout, init_layout
-from phi4r.train.checkpoint import load_model, read_model_config, tokenizer_folder
+from phi4r.train.checkpoint import load_model
 from phi4r.train.engine import Engine
+from phi4r.train.folders import read_model_config, tokenizer_folder
 
 VOCAB_MULTIPLE = 64
 # What weights depend on; the rest (RoPE base, context, dtype, backend) a user may change on purpose.

@@ -14,7 +14,8 @@ from phi4r.configs.sections import ParallelConfig
 from phi4r.model.gpt import build_model
 from phi4r.model.packed import HeadRequest, PackedContext
 from phi4r.parallel.layout import init_layout
-from phi4r.train.checkpoint import load_model, read_model_config
+from phi4r.train.checkpoint import load_model
+from phi4r.train.folders import read_model_config
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from phi4r.data.records import Problem, load_problems
 from phi4r.errors import UserError
 from phi4r.io import read_jsonl
 from phi4r.train import folders
+from phi4r.train.retention import Retention
 
 
 class Sampler:
@@ -235,7 +236,7 @@ def test_pass_rates_belong_to_a_checkpoint_and_not_to_the_log_of_its_run(tmp_pat
         folder = folders.begin(run, step)
         (folder / "dist" / "weights").write_text(f"weights of step {step}")
         folders.write_manifest(folder, folders.Manifest(step, ModelConfig()))
-        folders.publish(run, step, folder, keep_last=1)
+        folders.publish(run, step, folder, Retention(keep_last=1))
 
     def asked() -> int:
         sampler = Sampler()

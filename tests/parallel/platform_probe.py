@@ -19,8 +19,9 @@ from phi4r.data.packing import Document, pack
 from phi4r.model.names import load_weights, random_weights
 from phi4r.parallel import cpu
 from phi4r.parallel.layout import init_layout
-from phi4r.train.checkpoint import load_checkpoint, save_checkpoint
+from phi4r.train.checkpoint import load_checkpoint
 from phi4r.train.engine import Engine, sft_loss
+from phi4r.train.save import save_checkpoint
 
 # Every attribute that `cpu.install` replaces, and the patch it belongs to.
 ATTRIBUTES = {

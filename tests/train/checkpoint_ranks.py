@@ -18,8 +18,10 @@ from phi4r.data.packing import Document, PackedRow, pack
 from phi4r.errors import UserError
 from phi4r.model.names import load_weights, random_weights
 from phi4r.parallel.layout import init_layout
-from phi4r.train.checkpoint import find_latest, load_checkpoint, load_model, save_checkpoint
+from phi4r.train.checkpoint import load_checkpoint, load_model
 from phi4r.train.engine import Engine, sft_loss
+from phi4r.train.folders import find_latest
+from phi4r.train.save import save_checkpoint
 
 LENGTH, VOCAB = 32, 64
 SAVE_AT, STEPS = 2, 5

@@ -32,6 +32,7 @@ from phi4r.train.folders import (
     resolve_checkpoint,
     tokenizer_folder,
 )
+from phi4r.train.retention import Retention
 from tests.train import checkpoint_ranks as ranks
 
 Work = tuple[str, str, dict[str, Any], str]
@@ -236,11 +237,11 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     engine = ranks.make_engine(TP1)
     kept = []
     for step in (1, 2, 3):
-        ranks.save(engine, tmp_path, step=step, keep_last=2)
+        ranks.save(engine, tmp_path, step=step, retention=Retention(2))
         kept.append(sorted(path.name for path in checkpoints_folder(tmp_path).iterdir()))
     assert kept[1] == ["latest", "step_000001", "step_000002"]
     assert kept[2] == ["latest", "step_000002", "step_000003"]
-    ranks.save(engine, tmp_path, step=3, keep_last=1)  # saving a step again replaces it
+    ranks.save(engine, tmp_path, step=3, retention=Retention(1))  # saving a step again replaces it
     assert sorted(path.name for path in checkpoints_folder(tmp_path).iterdir()) == ["latest", "step_000003"]
 
 
@@ -320,6 +321,7 @@ import os, signal, sys
 from pathlib import Path
 from phi4r.configs.sections import ModelConfig
 from phi4r.train import folders
+from phi4r.train.retention import Retention
 
 EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
 
@@ -328,7 +330,7 @@ def save(run_dir, step, keep_last):
     for name in ("dist/data", "dist/more"):
         (temporary / name).write_text(str(step) * 1000)
     folders.write_manifest(temporary, folders.Manifest(step, ModelConfig()))
-    folders.publish(run_dir, step, temporary, keep_last)
+    folders.publish(run_dir, step, temporary, Retention(keep_last))
 
 def child(run_dir, last_event):
     count = 0
