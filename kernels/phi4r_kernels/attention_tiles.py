@@ -1,0 +1,160 @@
+"""Block sizes of the attention kernels, one entry per architecture and head dimension, and the list of what
+ships.
+
+The forward and dQ kernels take query tiles of Q_TILE, the dK/dV kernel key tiles of K_TILE; a Launch says how
+many rows of the other side one step of their loop takes. Chosen from what the compiler says without a GPU: no
+spills, `wgmma` on Hopper, shared memory within the device (`python -m benchmarks.compile_check`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from phi4r_kernels import attention_kernels as kernels
+from phi4r_kernels.attention_plan import K_TILE, Q_TILE
+
+
+@dataclass(frozen=True)
+class Launch:
+    """block: rows per step of the kernel's loop; num_warps and num_stages as Triton takes them."""
+
+    block: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The launches of one architecture and head dimension: forward, fused backward, and the two kernels of
+    the deterministic backward."""
+
+    fwd: Launch
+    fused: Launch
+    dkdv: Launch
+    dq: Launch
+
+
+TILES: dict[int, dict[int, Tiles]] = {
+    80: {
+        64: Tiles(Launch(64, 4, 3), Launch(64, 8, 2), Launch(64, 8, 2), Launch(64, 8, 2)),
+        128: Tiles(Launch(64, 8, 2), Launch(32, 8, 2), Launch(32, 8, 2), Launch(64, 8, 2)),
+    },
+    90: {
+        64: Tiles(Launch(128, 8, 2), Launch(64, 8, 2), Launch(64, 8, 2), Launch(128, 8, 2)),
+        128: Tiles(Launch(128, 8, 2), Launch(64, 8, 2), Launch(64, 8, 2), Launch(64, 8, 2)),
+    },
+    100: {
+        64: Tiles(Launch(128, 8, 2), Launch(64, 8, 2), Launch(64, 8, 2), Launch(128, 8, 2)),
+        128: Tiles(Launch(128, 8, 2), Launch(64, 8, 2), Launch(64, 8, 2), Launch(64, 8, 2)),
+    },
+}
+"""Compute capability (tens) -> head dimension -> launches. Head dimensions below 64 use the entry of 64."""
+
+HEAD_DIMS = (16, 32, 64, 128)
+"""Head dimensions the kernels take; 64 and 128 are compiled and tuned, 16 and 32 let small models run."""
+
+ROWS = 64
+"""Rows of one program of the two elementwise kernels."""
+
+
+def arch_of(device: torch.device) -> int:
+    """The entry of TILES for a device: the newest not newer than it. The interpreter runs Hopper's."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return max((arch for arch in TILES if arch <= 10 * major + minor), default=min(TILES))
+
+
+def tiles_for(device: torch.device, head_dim: int) -> Tiles:
+    """The launches for a device and head dimension."""
+    return TILES[arch_of(device)][max(head_dim, 64)]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel as it is launched: what to give `triton.compile` ahead of time. signature: argument -> type
+    for all that is not a constexpr; aligned: arguments divisible by 16."""
+
+    name: str
+    arch: int
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, int | bool]
+    aligned: tuple[str, ...]
+    num_warps: int
+    num_stages: int
+
+
+_INTS = ("num_tiles", "section", "num_queries", "num_heads", "num_kv_heads")
+_STRIDES = ("q_head", "k_head", "v_head", "do_head", "do_row")
+_FP32 = ("lse_ptr", "delta_ptr", "sum_ptr")
+
+
+def _variant(
+    name: str, arch: int, kernel: Any, dtype: str, descriptors: dict[str, str], constexprs: dict[str, Any],
+    launch: Launch,
+) -> Variant:  # fmt: skip
+    types = dict.fromkeys((*_INTS, *_STRIDES), "i32") | {"scale": "fp32", "qk_scale": "fp32"}
+    types |= descriptors
+    signature = {}
+    for argument in kernel.arg_names:
+        if argument in constexprs:
+            continue
+        if argument == "tiles_ptr":
+            signature[argument] = "*i32"
+        elif argument in _FP32 or (argument == "dq_ptr" and constexprs.get("FUSED") is not None):
+            signature[argument] = "*fp32"
+        else:
+            signature[argument] = types.get(argument, f"*{dtype}")
+    aligned = tuple(a for a in signature if a.endswith("_ptr") or a in _STRIDES)
+    return Variant(name, arch, kernel, signature, constexprs, aligned, launch.num_warps, launch.num_stages)
+
+
+def variants(group: int = 4) -> Iterator[Variant]:
+    """Every kernel in every configuration that ships, for GQA groups of `group` (Phi-4: 4), bf16 and fp16."""
+    for arch, of_arch in TILES.items():
+        for dim, tiles in of_arch.items():
+            for dtype in ("bf16", "fp16"):
+                tag = f"sm_{arch} H{dim} {dtype}"
+                sizes = {"GROUP": group, "H": dim}
+                for kind, kernel in (
+                    ("fwd", kernels._attention_fwd_kernel),
+                    ("dq", kernels._attention_dq_kernel),
+                ):
+                    launch = getattr(tiles, kind)
+                    queries, keys = (
+                        f"tensordesc<{dtype}[{Q_TILE}, {dim}]>",
+                        f"tensordesc<{dtype}[{launch.block}, {dim}]>",
+                    )
+                    descriptors = {"q_desc": queries, "do_desc": queries, "k_desc": keys, "v_desc": keys}
+                    constexprs = {**sizes, "BM": Q_TILE, "BN": launch.block}
+                    yield _variant(
+                        f"attention {kind} {tag}", arch, kernel, dtype, descriptors, constexprs, launch
+                    )
+                for kind in ("fused", "dkdv"):
+                    launch = getattr(tiles, kind)
+                    queries, keys = (
+                        f"tensordesc<{dtype}[{launch.block}, {dim}]>",
+                        f"tensordesc<{dtype}[{K_TILE}, {dim}]>",
+                    )
+                    descriptors = {"q_desc": queries, "do_desc": queries, "k_desc": keys, "v_desc": keys}
+                    constexprs = {**sizes, "BM": launch.block, "BN": K_TILE, "FUSED": kind == "fused"}
+                    yield _variant(
+                        f"attention {kind} {tag}", arch, kernels._attention_bwd_kernel, dtype, descriptors,
+                        constexprs, launch,
+                    )  # fmt: skip
+                for kind in ("delta", "dq_cast"):
+                    kernel = getattr(kernels, f"_attention_{kind}_kernel")
+                    yield _variant(
+                        f"attention {kind} {tag}",
+                        arch,
+                        kernel,
+                        dtype,
+                        {},
+                        {"H": dim, "BM": ROWS},
+                        Launch(ROWS, 4, 1),
+                    )
