@@ -97,7 +97,7 @@ def compiled(op: str, device: str) -> Function:
     """torch.compile of the same lines."""
     if device != "cuda":
         raise SkippedError("compiling for CPU takes longer than it is worth here")
-    return torch.compile(EAGER[op], dynamic=False)
+    return measure.compile_exactly(EAGER[op])
 
 
 def liger(op: str, device: str) -> Function:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.measure import compile_exactly
 from benchmarks.suite import SkippedError
 
 MODES = ("grpo", "grpo_full", "cross_entropy", "logprobs")
@@ -25,6 +26,9 @@ SEQUENCES = 8
 
 Head = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 """(hidden, weight) -> (loss, dX, dW), or (log-probs,) in mode logprobs."""
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""(hidden, weight) -> loss, with its graph."""
 
 
 @dataclass(frozen=True)
@@ -129,21 +133,37 @@ def reference(x: Tensor, weight: Tensor, batch: Batch, mode: str) -> tuple[Tenso
     return torch.cat(grads_x), grad_w
 
 
+def _with_gradients(loss_of: Loss) -> Head:
+    def call(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        loss = loss_of(x, weight)
+        return (loss.detach(), *torch.autograd.grad(loss, (x, weight)))
+
+    return call
+
+
 # --- torch
+
+
+def naive_loss(batch: Batch, mode: str) -> Loss:
+    """All logits at once; at least fp32."""
+
+    def call(x: Tensor, weight: Tensor) -> Tensor:
+        logits = x @ weight.t()
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        return loss_sum(wide, batch, mode) / batch.num_tokens
+
+    return call
 
 
 def naive(batch: Batch, mode: str) -> Head:
     """All logits at once, autograd."""
 
     def call(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        if mode == "logprobs":
-            with torch.no_grad():
-                logits = (x @ weight.t()).float()
-                return (logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0],)
-        loss = loss_sum((x @ weight.t()).float(), batch, mode) / batch.num_tokens
-        return (loss.detach(), *torch.autograd.grad(loss, (x, weight)))
+        with torch.no_grad():
+            logits = (x @ weight.t()).float()
+            return (logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0],)
 
-    return call
+    return call if mode == "logprobs" else _with_gradients(naive_loss(batch, mode))
 
 
 @cache
@@ -151,7 +171,7 @@ def _compiled() -> Callable[..., Any]:
     def chunk_loss(x: Tensor, weight: Tensor, mode: str, *batch: Tensor) -> Tensor:
         return loss_sum((x @ weight.t()).float(), Batch(*batch), mode)
 
-    return torch.compile(chunk_loss, dynamic=False)
+    return compile_exactly(chunk_loss)
 
 
 def compiled_chunks(batch: Batch, mode: str) -> Head:
@@ -237,12 +257,7 @@ def liger_ce(batch: Batch, mode: str) -> Head:
     if batch.targets.device.type != "cuda":
         raise SkippedError("a Triton kernel needs a GPU")
     function = LigerFusedLinearCrossEntropyLoss()
-
-    def call(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        loss = function(weight, x, batch.targets)
-        return (loss.detach(), *torch.autograd.grad(loss, (x, weight)))
-
-    return call
+    return _with_gradients(lambda x, weight: function(weight, x, batch.targets))
 
 
 def cut_cross_entropy(batch: Batch, mode: str) -> Head:
@@ -257,22 +272,21 @@ def cut_cross_entropy(batch: Batch, mode: str) -> Head:
         raise SkippedError("a Triton kernel needs a GPU")
 
     def call(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        if mode == "logprobs":
-            with torch.no_grad():
-                return (-linear_cross_entropy(x, weight, batch.targets, reduction="none"),)
-        loss = linear_cross_entropy(x, weight, batch.targets)
-        return (loss.detach(), *torch.autograd.grad(loss, (x, weight)))
+        with torch.no_grad():
+            return (-linear_cross_entropy(x, weight, batch.targets, reduction="none"),)
 
-    return call
+    if mode == "logprobs":
+        return call
+    return _with_gradients(lambda x, weight: linear_cross_entropy(x, weight, batch.targets))
 
 
 # --- ours
 
 
-def ours(batch: Batch, mode: str, chunk_size: int = CHUNK) -> Head:
+def ours_loss(batch: Batch, mode: str, chunk_size: int = CHUNK) -> Loss:
     """One pass: logits, loss and gradients of a chunk of tokens at a time. On CPU with PyTorch's elementwise
     steps, on a GPU with ours."""
-    from phi4r_kernels.linear_loss import LossSpec, linear_logprobs, linear_loss
+    from phi4r_kernels.linear_loss import LossSpec, linear_loss
 
     spec, terms = LossSpec(), {}
     if mode in ("grpo", "grpo_full"):
@@ -286,13 +300,20 @@ def ours(batch: Batch, mode: str, chunk_size: int = CHUNK) -> Head:
         terms["ref_logprobs_T"] = batch.ref_logprobs
     weights = torch.full_like(batch.old_logprobs, 1 / batch.num_tokens)
 
-    def call(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        if mode == "logprobs":
-            return (linear_logprobs(x, weight, batch.targets, chunk_size=chunk_size)[0],)
-        result = linear_loss(x, weight, batch.targets, weights, spec=spec, chunk_size=chunk_size, **terms)
-        return (result.loss.detach(), *torch.autograd.grad(result.loss, (x, weight)))
+    def call(x: Tensor, weight: Tensor) -> Tensor:
+        return linear_loss(x, weight, batch.targets, weights, spec=spec, chunk_size=chunk_size, **terms).loss
 
     return call
+
+
+def ours(batch: Batch, mode: str, chunk_size: int = CHUNK) -> Head:
+    """`ours_loss` with its gradients, or ours without a backward."""
+    from phi4r_kernels.linear_loss import linear_logprobs
+
+    def call(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        return (linear_logprobs(x, weight, batch.targets, chunk_size=chunk_size)[0],)
+
+    return call if mode == "logprobs" else _with_gradients(ours_loss(batch, mode, chunk_size))
 
 
 def ours_8k(batch: Batch, mode: str) -> Head:

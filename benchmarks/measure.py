@@ -19,6 +19,8 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch._dynamo
+import torch._functorch.config
 from torch import Tensor
 
 from benchmarks.rows import provenance
@@ -87,6 +89,15 @@ def synchronize(device: str) -> None:
     """Wait until the device has done everything it was given."""
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def compile_exactly(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile for the very shapes that come, as often as new ones come."""
+    # Past this limit dynamo goes back to eager code, with no more than a warning.
+    torch._dynamo.config.recompile_limit = 64
+    # Backwards are repeated on one graph here, which buffers given away by the first would forbid.
+    torch._functorch.config.donated_buffer = False
+    return torch.compile(function, dynamic=False)
 
 
 # --- time

@@ -139,8 +139,11 @@ def gather(run: Run, makers: Mapping[str, Callable[[], Any]], said: set[str] | N
     return found
 
 
-def compare(run: Run, what: Comparison, calls: Mapping[str, Call]) -> list[dict[str, Any]]:
-    """Time the calls side by side, print a line each, write and return their rows."""
+def compare(
+    run: Run, what: Comparison, calls: Mapping[str, Call], *, write: bool = True
+) -> list[dict[str, Any]]:
+    """Time the calls side by side, print a line each, write (unless the caller will) and return their
+    rows."""
     if not calls:
         return []
     limits = measure.ceilings(run.device)
@@ -170,7 +173,8 @@ def compare(run: Run, what: Comparison, calls: Mapping[str, Call]) -> list[dict[
             f"error {row['error'] or '-'}"
         )
     sys.stdout.flush()
-    run.write(rows)
+    if write:
+        run.write(rows)
     return rows
 
 
