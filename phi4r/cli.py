@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import phi4r
+from phi4r.cli_checkpoint import checkpoint_app
 from phi4r.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ COMMANDS: dict[str, Command] = {
     "convert": Command(
         "Convert between Hugging Face folders and phi4r checkpoints", "", "phi4r.convert.hf:main"
     ),
+    "checkpoint": Command("List, verify, remove and export checkpoints", None, "phi4r.train.manage:ls"),
     "verify": Command("Check responses against gold answers", None, "phi4r.verify.cli:run_verify"),
     "reward": Command("Every part of the reward, for audits", None, "phi4r.verify.cli:run_reward"),
     "show": Command("Read the samples of an RL run", None, "phi4r.rl.show:show"),
@@ -390,6 +392,9 @@ def convert(
     parallel = _parallel(ctx)
     # No ranks: a checkpoint has no layout in it, so the layout is only checked.
     find_target(COMMANDS["convert"].target)(direction, Path(source), Path(destination), parallel)
+
+
+app.add_typer(checkpoint_app, name="checkpoint", short_help=COMMANDS["checkpoint"].help)
 
 
 @_command("verify")

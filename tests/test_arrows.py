@@ -36,8 +36,10 @@ ARROWS = {
     "generate": {"configs", "data", "model", "parallel", "rl", "train"},
     "quickstart": {"configs", "curate", "data", "evaluate", "parallel", "rl", "tasks", "train"},
     "doctor": {"data", "model"},
-    "dryrun": {"configs"},
-    "cli": {"configs", "dryrun", "parallel"},
+    "plan": {"configs"},
+    "dryrun": {"configs", "plan"},
+    "cli_checkpoint": {"parallel"},
+    "cli": {"cli_checkpoint", "configs", "dryrun", "parallel"},
     "__main__": {"cli"},
 }
 MEGATRON = {"model", "parallel", "train", "convert"}
