@@ -187,17 +187,21 @@ def _run_stage(stage: str, loaded: Loaded, run_dir: str, dry_run: bool, *argumen
         return
     from phi4r.configs.load import prepare_run_dir
     from phi4r.console import is_main_rank, say
+    from phi4r.lock import run_lock
+    from phi4r.parallel.attempt import attempt
     from phi4r.parallel.launch import find_target, run_handler
 
-    if is_main_rank():
-        for change in prepare_run_dir(loaded.config, folder):
-            say(f"changed since the last start: {change}")
     target, arguments = COMMANDS[stage].target, (loaded.config, *arguments, folder)
+    parallel, is_main = loaded.config.parallel, is_main_rank()
     try:
-        if stage == "curate":  # runs in this process, and starts ranks where it needs a model
-            find_target(target)(*arguments)
-        else:
-            run_handler(target, arguments, loaded.config.parallel, folder)
+        # curate runs in this process, and starts ranks where it needs a model: nothing there beats
+        with attempt(0 if stage == "curate" else parallel.timeout_s), run_lock(folder, is_main):
+            for change in prepare_run_dir(loaded.config, folder) if is_main else ():
+                say(f"changed since the last start: {change}")
+            if stage == "curate":
+                find_target(target)(*arguments)
+            else:
+                run_handler(target, arguments, parallel, folder)
     except KeyboardInterrupt:
         raise InterruptedRunError(
             f"interrupted; the same command with --run-dir {folder} goes on from there"
@@ -309,10 +313,13 @@ def quickstart(
         for name in ("curate", "sft", "rl", "eval"):
             dryrun.show(stages[name], Path(run_dir) / name)
         return
+    from phi4r.lock import run_lock
     from phi4r.parallel.launch import find_target
 
     try:
-        find_target(COMMANDS["quickstart"].target)(Path(run_dir), stages["sft"].config.seed, list(ctx.obj))
+        with run_lock(run_dir):
+            quickstart = find_target(COMMANDS["quickstart"].target)
+            quickstart(Path(run_dir), stages["sft"].config.seed, list(ctx.obj))
     except KeyboardInterrupt:
         raise InterruptedRunError(
             f"interrupted; `phi4r quickstart --run-dir {run_dir}` goes on from there"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LEAVES = {"errors", "io", "optional", "console", "__version__"}
+LEAVES = {"errors", "io", "optional", "console", "lock", "__version__"}
 
 # Package -> the phi4r packages its files may import, besides the leaves every package may use.
 ARROWS = {
@@ -20,6 +20,7 @@ ARROWS = {
     "io": set(),
     "optional": set(),
     "console": set(),
+    "lock": set(),
     "configs": set(),
     "tasks": {"configs", "data", "verify"},
     "verify": {"configs", "data", "rl"},
@@ -48,7 +49,7 @@ MEGATRON = {"model", "parallel", "train", "convert"}
 NO_TORCH = [
     "cli.py", "dryrun.py", "errors.py", "io.py", "optional.py", "console.py", "configs", "tasks", "curate",
     "evaluate", "data/records.py", "data/render.py", "data/tokenizer.py", "data/packing.py", "data/native.py",
-    "rl/rewards.py", "rl/types.py", "parallel/launch.py",
+    "rl/rewards.py", "rl/types.py", "parallel/launch.py", "parallel/attempt.py", "lock.py",
 ]  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from phi4r.model.kv_cache import KVCache
 from phi4r.model.packed import HeadRequest, PackedContext
+from phi4r.parallel.attempt import beat
 from phi4r.train.engine import Engine
 
 PREFILL_TOKENS = 2048
@@ -149,6 +150,7 @@ class EmbeddedEngine:
         live: list[_Sequence] = []
         done: dict[int, Completion] = {}
         while live or waiting:
+            beat()
             free = slots - len(live)
             # Prefilling in batches costs less than one by one: up to an eighth of the slots may wait.
             if waiting and (not live or free >= max(1, slots // 8)):

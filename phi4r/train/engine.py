@@ -32,6 +32,7 @@ from phi4r.data.packing import PackedRow
 from phi4r.model.gpt import DTYPES, Phi4Model, build_model
 from phi4r.model.packed import HeadRequest, PackedContext
 from phi4r.parallel import zigzag
+from phi4r.parallel.attempt import beat
 from phi4r.parallel.layout import Layout
 
 TokenLoss = Callable[[Tensor, Tensor, dict[str, Tensor]], tuple[Tensor, Tensor, dict[str, Tensor]]]
@@ -250,6 +251,7 @@ class Engine:
     def _context(
         self, row: PackedRow, temperature: float, with_entropy: bool, masked: bool = True
     ) -> tuple[PackedContext, Tensor]:
+        beat()
         ids, labels, positions, tensors = self._tensors(row)
         cu_seqlens = torch.from_numpy(row.cu_seqlens).to(self.layout.device)
         head = HeadRequest(

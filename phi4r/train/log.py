@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -81,9 +82,12 @@ class MetricsLogger:
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write {"step": step, **metrics}; values are ints, floats or strings. The line is on its way to disk
-        on return."""
+        on return. In a SLURM job the row also says how often SLURM had started the job anew.
+        """
         if self._rows is None:
             return
+        if "SLURM_JOB_ID" in os.environ:
+            metrics = {**metrics, "slurm_restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0"))}
         self._rows.write({"step": step, **{name: json_value(value) for name, value in metrics.items()}})
         numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
         if self._wandb is not None:

@@ -11,6 +11,8 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from phi4r.parallel.attempt import mark_stopped
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
@@ -47,7 +49,14 @@ def stop_flag() -> Iterator[StopFlag]:
 
 
 def end_by(number: int) -> None:
-    """End like a process that got the signal: exit code 130 after Ctrl-C, 128 + number otherwise."""
+    """End a run that a signal stopped and that has been saved.
+
+    Exit code 130 after Ctrl-C, 128 + number otherwise: like a process that got the signal. Under a job script
+    of ours the code is 0 on every rank, because srun would kill the slower ranks for the first one's other
+    code; the script is told by a file.
+    """
+    if mark_stopped():
+        raise SystemExit(0)
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(128 + number)

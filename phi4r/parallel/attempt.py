@@ -1,0 +1,138 @@
+"""What a rank tells the job script that started it (launch/job.sh), by files in $PHI4R_ATTEMPT_DIR.
+
+    heartbeat_00001   "TIMEOUT_S PID STEP_ID NODE"; touched whenever the rank gets on, at most once a second
+    stack_00001       the stacks of all threads, written by faulthandler when no beat came for TIMEOUT_S
+    error_00001       "KIND TIME RANK NODE", a line that says what happened, and the traceback
+    stopped           rank 0: a signal came, everything is saved, the same command goes on from there
+    finished          rank 0: the command is done
+
+Without that variable (a run that no job script of ours started) nothing here does anything. Only the standard
+library is used: the launcher calls this before torch is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import platform
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from phi4r.errors import UserError
+
+FOLDER = "PHI4R_ATTEMPT_DIR"
+BEAT_S = 1.0
+"""Seconds between beats that are written; the rest cost nothing."""
+
+# Errors that a rank has because another one is gone. They say nothing about this rank.
+PEER_MARKS = (
+    "DistBackendError", "DistNetworkError", "DistStoreError", "gloo/transport", "Connection closed by peer",
+    "Connection reset by peer",
+)  # fmt: skip
+
+
+class _Attempt:
+    """This process's files. The watchdog is C code of faulthandler, so it works while Python hangs."""
+
+    def __init__(self, folder: Path, rank: int, timeout_s: int) -> None:
+        self.folder, self.rank, self.timeout_s = folder, rank, timeout_s
+        self.heartbeat = folder / f"heartbeat_{rank:05d}"
+        step_id = os.environ.get("SLURM_STEP_ID", "0")
+        self.heartbeat.write_text(f"{timeout_s} {os.getpid()} {step_id} {_node()}\n", encoding="utf-8")
+        self._stack: TextIO = open(folder / f"stack_{rank:05d}", "w", encoding="utf-8")
+        self._last = float("-inf")
+        self.beat()
+
+    def beat(self) -> None:
+        now = time.monotonic()
+        if now - self._last < BEAT_S:
+            return
+        self._last = now
+        try:
+            os.utime(self.heartbeat)
+        except OSError as error:
+            raise RuntimeError(f"{self.folder}: the run folder is lost: {error.strerror}") from error
+        if self.timeout_s:
+            faulthandler.dump_traceback_later(self.timeout_s, file=self._stack)
+
+    def close(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        self._stack.close()
+        with contextlib.suppress(OSError):
+            self.heartbeat.unlink()
+
+    def report(self, error: Exception) -> None:
+        """Write error_RANK: the job script shows the first one that is not about another rank."""
+        trace = traceback.format_exc()
+        if isinstance(error, UserError):
+            kind, what = "user", str(error)
+        else:
+            kind = "peer" if any(mark in trace for mark in PEER_MARKS) else "error"
+            what = f"{type(error).__name__}: {error}"
+        text = f"{kind} {time.time():.6f} {self.rank} {_node()}\n{' '.join(what.split())}\n{trace}"
+        with contextlib.suppress(OSError):  # the folder itself may be what is lost; stderr has the traceback
+            (self.folder / f"error_{self.rank:05d}").write_text(text, encoding="utf-8")
+
+
+_active: _Attempt | None = None
+_last_beat = time.monotonic()
+
+
+def _node() -> str:
+    return os.environ.get("SLURMD_NODENAME", platform.node())
+
+
+@contextlib.contextmanager
+def attempt(timeout_s: int) -> Iterator[None]:
+    """A command as a rank of a job: beats can be sent, and its end is written down.
+
+    timeout_s: seconds without a beat after which the rank counts as hung (0: never).
+    """
+    global _active
+    folder = os.environ.get(FOLDER)
+    if not folder:
+        yield
+        return
+    rank = int(os.environ.get("SLURM_PROCID", "0"))
+    _active = mine = _Attempt(Path(folder), rank, timeout_s)
+    try:
+        yield
+        if rank == 0:
+            (mine.folder / "finished").touch()
+    except Exception as error:
+        mine.report(error)
+        raise
+    finally:
+        mine.close()
+        _active = None
+
+
+def is_active() -> bool:
+    """Whether a job script listens (and looks for hung ranks itself)."""
+    return _active is not None
+
+
+def last_beat() -> float:
+    """When this process last said that it gets on, by time.monotonic."""
+    return _last_beat
+
+
+def beat() -> None:
+    """This rank gets on. Cheap: call it wherever work is done piece by piece."""
+    global _last_beat
+    _last_beat = time.monotonic()
+    if _active is not None:
+        _active.beat()
+
+
+def mark_stopped() -> bool:
+    """Say that this attempt ends early with everything saved; False where no job script listens."""
+    if _active is None:
+        return False
+    if _active.rank == 0:
+        (_active.folder / "stopped").touch()
+    return True
