@@ -15,6 +15,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.measure import default_device, versions
@@ -23,23 +24,38 @@ ROOT = Path(__file__).resolve().parents[1]
 GREEN = ROOT / "benchmarks" / "out" / "green"
 LIMIT_S = 900
 
-# op -> the names of its test files under tests/gpu (GPU) or tests/kernels (CPU)
-TESTS: dict[str, tuple[str, ...]] = {
-    "attention": ("test_attention*.py",),
-    "grpo_head": ("test_linear_loss*.py",),
-    "step": ("test_attention*.py", "test_linear_loss*.py"),
+
+@dataclass(frozen=True)
+class Tests:
+    """What must pass: patterns of test files below the repository, {where} being "gpu" on a GPU and "kernels"
+    without; and the folders whose sources decide it."""
+
+    patterns: tuple[str, ...]
+    sources: tuple[str, ...] = ("kernels/phi4r_kernels",)
+
+
+_ATTENTION, _HEAD = "tests/{where}/test_attention*.py", "tests/{where}/test_linear_loss*.py"
+TESTS: dict[str, Tests] = {
+    "attention": Tests((_ATTENTION,)),
+    "grpo_head": Tests((_HEAD,)),
+    "step": Tests((_ATTENTION, _HEAD)),
+    "rollout": Tests(("tests/rl/test_rollout.py",), ("phi4r", "kernels/phi4r_kernels")),
+    "data": Tests(
+        ("tests/data/test_packing.py", "tests/data/test_render.py"), ("phi4r", "kernels/phi4r_kernels")
+    ),
 }
 
 
 def files_of(op: str, device: str, root: Path) -> list[Path]:
     """The files that must pass before times of `op` on `device` ("cuda" or "cpu") are written."""
-    folder = root / "tests" / ("gpu" if device == "cuda" else "kernels")
-    return sorted(path for pattern in TESTS[op] for path in folder.glob(pattern))
+    where = "gpu" if device == "cuda" else "kernels"
+    return sorted(path for pattern in TESTS[op].patterns for path in root.glob(pattern.format(where=where)))
 
 
-def _fingerprint(files: list[Path], device: str, root: Path) -> str:
+def _fingerprint(op: str, files: list[Path], device: str, root: Path) -> str:
     digest = hashlib.sha256(repr(versions(device)).encode())
-    for path in [*sorted((root / "kernels" / "phi4r_kernels").rglob("*.py")), *files]:
+    sources = [path for folder in TESTS[op].sources for path in sorted((root / folder).rglob("*.py"))]
+    for path in [*sources, *files]:
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:24]
 
@@ -50,14 +66,15 @@ def failure(op: str, device: str, root: Path = ROOT, green: Path = GREEN) -> str
         return ""
     files = files_of(op, device, root)
     if not files:
-        return f"no tests of {op} for {device} are there ({', '.join(TESTS[op])})"
-    stamp = green / f"{op}-{_fingerprint(files, device, root)}"
+        return f"no tests of {op} for {device} are there ({', '.join(TESTS[op].patterns)})"
+    stamp = green / f"{op}-{_fingerprint(op, files, device, root)}"
     if stamp.exists():
         return ""
     names = [str(path.relative_to(root)) for path in files]
     print(f"testing {op} first: {' '.join(names)}", flush=True)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *names]
-    command += ["-m", "gpu"] if device == "cuda" else ["-m", "not gpu and not slow"]
+    on_gpu = device == "cuda" and all("{where}" in pattern for pattern in TESTS[op].patterns)
+    command += ["-m", "gpu" if on_gpu else "not gpu and not slow"]
     path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
     try:
         ended = subprocess.run(

@@ -13,7 +13,7 @@ gradients are bf16; the optimizer's step is not in it. The same step with other 
     mfu = FLOPs / (time * 989 TFLOP/s), the dense bf16 peak of H100 and H200 SXM
     FLOPs = 6 T (layers (D (N + 2K) H + N H D + 3 D F) + D V) + layers 3.5 (4 N H sum_S S^2 / 2)
 
-Recomputed and elementwise work counts nothing, nor does the embedding. tokens_per_second is that of the layers
+Recomputed and elementwise work counts nothing, nor does the embedding. tokens_per_second is of the layers
 measured. attention_percent and head_percent: their own times, measured in the same run, over the step's.
 model_tokens_per_second and model_mfu: the same for all 40 layers with one head, derived from this run by
 T / (40 (step - head) / layers + head). Rows go to results/step.csv.
@@ -146,11 +146,12 @@ def loss_of(step: Step, parts: Parts) -> Tensor:
 def backward(step: Step, parts: Parts) -> Tensor:
     """A whole step; returns the gradient of the input. Gradients are made anew each time, as after
     zero_grad."""
+    loss_of(step, parts).backward()
+    grad = step.x.grad
+    assert grad is not None
     for parameter in step.parameters:
         parameter.grad = None
-    loss_of(step, parts).backward()
-    assert step.x.grad is not None
-    return step.x.grad
+    return grad
 
 
 def make_step(
@@ -322,8 +323,6 @@ def compare(
         return lambda i: backward(step, chosen)
 
     rows = suite.compare(run, what, {name: timed(chosen) for name, chosen in parts.items()}, write=False)
-    for parameter in step.parameters:
-        parameter.grad = None
     found = shares(run, step, {row["impl"]: parts[row["impl"]] for row in rows})
     for row in rows:
         print(f"  {row['impl']:28} {finish_row(step, lengths, row, found.get(row['impl']))}")

@@ -146,7 +146,7 @@ def compare(
     rows."""
     if not calls:
         return []
-    limits = measure.ceilings(run.device)
+    limits = measure.ceilings(run.device) if what.flops or what.bytes else None
     timings, failed = measure.interleave(calls, run.seconds, run.device)
     for name, reason in failed.items():
         print(f"  {name}: fell out: {reason}")
@@ -167,19 +167,23 @@ def compare(
             ),
         }
         rows.append(row)
-        print(
-            f"  {name:28} {timing.p50:10.3f} ms  {row['tflops']:>9} TFLOP/s {row['gb_s']:>9} GB/s "
-            f"{row['percent_of_ceiling']:>6}%  x{row['ratio']}  {row['peak_mib'] or '-':>9} MiB  "
-            f"error {row['error'] or '-'}"
-        )
+        print(f"  {name:28} {_line(row)}")
     sys.stdout.flush()
     if write:
         run.write(rows)
     return rows
 
 
-def _numbers(what: Comparison, timing: Timing, limits: measure.Ceilings) -> dict[str, Any]:
-    return {
+def _line(row: Mapping[str, Any]) -> str:
+    """A row's numbers for the screen, without those it has not."""
+    units = {"tflops": "TFLOP/s", "gb_s": "GB/s", "percent_of_ceiling": "% of ceiling", "peak_mib": "MiB"}
+    parts = [f"{float(row['p50_ms']):10.3f} ms", f"x{row['ratio']}"]
+    parts += [f"{row[name]:>8} {unit}" for name, unit in units.items() if row.get(name)]
+    return "  ".join([*parts, f"error {row['error']}"] if row["error"] else parts)
+
+
+def _numbers(what: Comparison, timing: Timing, limits: measure.Ceilings | None) -> dict[str, Any]:
+    numbers = {
         "op": what.op,
         "mode": what.mode,
         "case": what.case,
@@ -190,14 +194,19 @@ def _numbers(what: Comparison, timing: Timing, limits: measure.Ceilings) -> dict
         "p20_ms": f"{timing.quantile(0.2):.5f}",
         "p50_ms": f"{timing.p50:.5f}",
         "p80_ms": f"{timing.quantile(0.8):.5f}",
-        "flops": f"{what.flops:.6e}",
-        "bytes": f"{what.bytes:.6e}",
-        "tflops": f"{what.flops / timing.p50 / 1e9:.4g}",
-        "gb_s": f"{what.bytes / timing.p50 / 1e6:.4g}",
-        "gemm_tflops": f"{limits.gemm_tflops:.4g}",
-        "copy_gb_s": f"{limits.copy_gb_s:.4g}",
-        "percent_of_ceiling": f"{100 * limits.best_ms(what.flops, what.bytes) / timing.p50:.1f}",
     }
+    if what.flops:
+        numbers |= {"flops": f"{what.flops:.6e}", "tflops": f"{what.flops / timing.p50 / 1e9:.4g}"}
+    if what.bytes:
+        numbers |= {"bytes": f"{what.bytes:.6e}", "gb_s": f"{what.bytes / timing.p50 / 1e6:.4g}"}
+    if limits is not None:
+        best = limits.best_ms(what.flops, what.bytes)
+        numbers |= {
+            "gemm_tflops": f"{limits.gemm_tflops:.4g}",
+            "copy_gb_s": f"{limits.copy_gb_s:.4g}",
+            "percent_of_ceiling": f"{100 * best / timing.p50:.1f}",
+        }
+    return numbers
 
 
 def finish(run: Run) -> None:
