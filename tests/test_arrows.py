@@ -21,6 +21,7 @@ ARROWS = {
     "optional": set(),
     "console": set(),
     "lock": set(),
+    "slurm": {"configs", "plan"},
     "configs": set(),
     "tasks": {"configs", "data", "verify"},
     "verify": {"configs", "data", "rl"},
@@ -28,7 +29,7 @@ ARROWS = {
     "parallel": {"configs"},
     "model": {"configs", "parallel"},
     "huggingface": {"configs"},
-    "train": {"configs", "data", "huggingface", "model", "parallel"},
+    "train": {"configs", "data", "huggingface", "model", "parallel", "plan"},
     "rl": {"configs", "data", "huggingface", "model", "parallel", "tasks", "train", "verify"},
     "curate": {"configs", "data", "parallel", "rl", "tasks", "train", "verify"},
     "evaluate": {"configs", "data", "parallel", "rl", "tasks", "train", "verify"},
@@ -39,7 +40,8 @@ ARROWS = {
     "doctor": {"data", "model"},
     "plan": {"configs"},
     "dryrun": {"configs", "plan"},
-    "cli_checkpoint": {"parallel"},
+    "replay": {"configs", "data", "parallel", "rl", "train"},
+    "cli_checkpoint": {"configs", "parallel"},
     "cli": {"cli_checkpoint", "configs", "dryrun", "parallel"},
     "__main__": {"cli"},
 }
@@ -48,8 +50,9 @@ MEGATRON = {"model", "parallel", "train", "convert"}
 # Files and folders that may not name torch at all: they run on a login node.
 NO_TORCH = [
     "cli.py", "dryrun.py", "errors.py", "io.py", "optional.py", "console.py", "configs", "tasks", "curate",
+    "plan",
     "evaluate", "data/records.py", "data/render.py", "data/tokenizer.py", "data/packing.py", "data/native.py",
-    "rl/rewards.py", "rl/types.py", "parallel/launch.py", "parallel/attempt.py", "lock.py",
+    "rl/rewards.py", "rl/types.py", "parallel/launch.py", "parallel/attempt.py", "lock.py", "slurm",
 ]  # fmt: skip
 
 

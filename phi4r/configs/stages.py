@@ -25,6 +25,14 @@ from phi4r.configs.sections import (
 )
 
 
+def uneven_stages(num_layers: int, pp: int) -> tuple[int, int]:
+    """(layers of the first stage, of the last) where `pp` does not divide `num_layers`; stages between hold
+    the rounded share each. The last stage gets the fewer: it also runs the head."""
+    middle = round(num_layers / pp) if pp > 2 else 0
+    rest = num_layers - middle * (pp - 2)
+    return rest - rest // 2, rest // 2
+
+
 def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
     """Refuse a layout that cannot hold the model: raises ConfigError with the two numbers that disagree."""
     tp = parallel.tp

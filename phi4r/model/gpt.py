@@ -24,12 +24,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from phi4r.configs.sections import ModelConfig, ParallelConfig
+from phi4r.configs.stages import uneven_stages
+from phi4r.errors import UserError
 from phi4r.model.attention import CoreAttention
 from phi4r.model.backends import select_backend
 from phi4r.model.packed import HeadRequest, PackedContext
 from phi4r.parallel.logprobs import VocabShard, linear_logprobs
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class RMSNorm(torch.nn.Module):
@@ -125,14 +127,6 @@ class Phi4Model(GPTModel):
         return self.output_layer(hidden_states, packed_seq_params.head, self.config.sequence_parallel)
 
 
-def uneven_stages(num_layers: int, pp: int) -> tuple[int, int]:
-    """(layers of the first stage, of the last) where `pp` does not divide `num_layers`; stages between hold
-    the rounded share each. The last stage gets the fewer: it also runs the head."""
-    middle = round(num_layers / pp) if pp > 2 else 0
-    rest = num_layers - middle * (pp - 2)
-    return rest - rest // 2, rest // 2
-
-
 def transformer_config(
     model: ModelConfig, parallel: ParallelConfig, recompute: str = "none"
 ) -> TransformerConfig:
@@ -140,6 +134,8 @@ def transformer_config(
     attention) or full."""
     dtype = DTYPES[model.dtype]
     on_cpu = not torch.cuda.is_available()
+    if dtype == torch.float64 and not on_cpu:
+        raise UserError("model.dtype: fp64 trains on CPU only, expected fp32 or bf16 where there is a GPU")
     options: dict[str, Any] = {}
     if recompute == "full":
         options = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)

@@ -1,0 +1,159 @@
+"""Weights, gradients and optimizer state of one rank, in bytes, exactly as megatron-core lays them out.
+
+    shards = dp x cp     ranks over which the distributed optimizer cuts its state
+    numel                elements of one parameter on its tensor-parallel rank
+
+With the distributed optimizer a model chunk's parameters lie in one buffer (and their fp32 gradients in
+another of the same length): each starts at a multiple of 64 elements, and each bucket is padded to a multiple
+of lcm(shards, 128). Adam's state, and for bf16 the fp32 master weights, exist only for the parameters (not
+the padding) in this rank's cut of every bucket. Without it each parameter has its own storage and everything
+is kept whole on every rank. `tests/plan` compares these numbers with the tensors of real ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from phi4r.configs.sections import ModelConfig, ParallelConfig
+from phi4r.configs.stages import uneven_stages
+
+BYTES = {"fp64": 8, "fp32": 4, "bf16": 2}
+"""Bytes of one value of `model.dtype`."""
+
+FP32 = 4
+PARAM_ALIGNMENT = 64
+BUCKET_ALIGNMENT = 128
+MIN_BUCKET = 40_000_000
+BUCKET_PER_SHARD = 1_000_000
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes that one rank holds between steps."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer
+
+
+def stage_layers(num_layers: int, pp: int, vpp: int = 1) -> list[list[int]]:
+    """Decoder layers of every chunk: [pipeline rank][virtual stage]. Only plain pipelines may be uneven."""
+    if pp == 1 or num_layers % (pp * vpp) == 0:
+        return [[num_layers // (pp * vpp)] * vpp for _ in range(pp)]
+    assert vpp == 1, "check_layout refuses uneven virtual stages"
+    first, last = uneven_stages(num_layers, pp)
+    middle = (num_layers - first - last) // max(1, pp - 2)
+    return [[first], *([middle] for _ in range(pp - 2)), [last]]
+
+
+def layer_weights(model: ModelConfig, tp: int) -> list[int]:
+    """numel of one layer's parameters, in megatron-core's order: norm, output projection, QKV, norm, gate and
+    up, down."""
+    hidden, ffn = model.hidden_size, model.ffn_hidden_size // tp
+    q = model.num_attention_heads * model.head_dim // tp
+    kv = model.num_query_groups * model.head_dim // tp
+    return [hidden, q * hidden, (q + 2 * kv) * hidden, hidden, 2 * ffn * hidden, ffn * hidden]
+
+
+def chunk_weights(model: ModelConfig, tp: int, num_layers: int, *, first: bool, last: bool) -> list[int]:
+    """numel of the parameters of a model chunk of `num_layers` layers; `first` has the embedding, `last` the
+    final norm and the head."""
+    table = model.vocab_size // tp * model.hidden_size
+    weights = [table] if first else []
+    weights += layer_weights(model, tp) * num_layers
+    return weights + ([model.hidden_size, table] if last else [])
+
+
+def rank_chunks(model: ModelConfig, parallel: ParallelConfig, pp_rank: int) -> list[list[int]]:
+    """`chunk_weights` of every virtual stage of a pipeline rank."""
+    layers = stage_layers(model.num_layers, parallel.pp, parallel.vpp)[pp_rank]
+    last_rank = parallel.pp - 1
+    return [
+        chunk_weights(
+            model,
+            parallel.tp,
+            count,
+            first=pp_rank == 0 and stage == 0,
+            last=pp_rank == last_rank and stage == parallel.vpp - 1,
+        )
+        for stage, count in enumerate(layers)
+    ]
+
+
+def _ceil(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """The contiguous buffer of one chunk: its length, and [start, end) of its parameters and of its
+    buckets."""
+
+    numel: int
+    parameters: tuple[tuple[int, int], ...]
+    buckets: tuple[tuple[int, int], ...]
+
+    def owned(self, shards: int, shard: int) -> int:
+        """Parameter elements in `shard`'s equal cut of every bucket."""
+        cuts = []
+        for start, end in self.buckets:
+            size = (end - start) // shards
+            cuts.append((start + shard * size, start + (shard + 1) * size))
+        total, index = 0, 0
+        for low, high in cuts:  # both lists ascend
+            while index and self.parameters[index][0] > low:
+                index -= 1
+            while index < len(self.parameters) and self.parameters[index][0] < high:
+                start, end = self.parameters[index]
+                total += max(0, min(end, high) - max(start, low))
+                index += 1
+            index = max(0, index - 1)
+        return total
+
+
+def lay_out(weights: list[int], shards: int, bucket_size: int | None) -> Buffer:
+    """The buffer of a chunk under the distributed optimizer. Parameters are placed in reverse order; a bucket
+    ends with the parameter that fills `bucket_size` (None: one bucket)."""
+    multiple = math.lcm(shards, BUCKET_ALIGNMENT)
+    parameters, buckets = [], []
+    end = bucket_start = 0
+    is_open = False
+    for numel in reversed(weights):
+        start = _ceil(end, PARAM_ALIGNMENT)
+        end = start + numel
+        parameters.append((start, end))
+        is_open = True
+        if bucket_size is not None and end - bucket_start >= bucket_size:
+            end = _ceil(end, multiple)
+            buckets.append((bucket_start, end))
+            bucket_start, is_open = end, False
+    if is_open:
+        end = _ceil(end, multiple)
+        buckets.append((bucket_start, end))
+    return Buffer(end, tuple(parameters), tuple(buckets))
+
+
+def rank_states(model: ModelConfig, parallel: ParallelConfig, pp_rank: int = 0, shard: int = 0) -> States:
+    """What rank (`pp_rank`, `shard` of dp x cp) holds after its first optimizer step. Adam's step counters
+    (one number per parameter) are not counted."""
+    width = BYTES[model.dtype]
+    shards = parallel.dp * parallel.cp
+    per_element = 2 * FP32 + (FP32 if width < FP32 else 0)  # two moments, and master weights beside bf16
+    numel = owned = 0
+    for stage, weights in enumerate(rank_chunks(model, parallel, pp_rank)):
+        if not parallel.distributed_optimizer:
+            numel += sum(weights)
+            owned += sum(weights)
+            continue
+        # Only the first chunk of the first stage overlaps its reduction bucket by bucket.
+        bucketed = parallel.overlap and pp_rank == 0 and stage == 0
+        size = max(MIN_BUCKET, BUCKET_PER_SHARD * shards) if bucketed else None
+        buffer = lay_out(weights, shards, size)
+        numel += buffer.numel
+        owned += buffer.owned(shards, shard)
+    return States(numel * width, numel * FP32, owned * per_element)
