@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import phi4r
-from phi4r.cli_checkpoint import checkpoint_app
+from phi4r.cli_checkpoint import checkpoint_app, replay
 from phi4r.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ COMMANDS: dict[str, Command] = {
     "convert": Command(
         "Convert between Hugging Face folders and phi4r checkpoints", "", "phi4r.convert.hf:main"
     ),
+    "replay": Command("Do the step at which a run gave up again, row by row", "", "phi4r.replay:main"),
     "checkpoint": Command("List, verify, remove and export checkpoints", None, "phi4r.train.manage:ls"),
     "verify": Command("Check responses against gold answers", None, "phi4r.verify.cli:run_verify"),
     "reward": Command("Every part of the reward, for audits", None, "phi4r.verify.cli:run_reward"),
@@ -401,6 +402,7 @@ def convert(
     find_target(COMMANDS["convert"].target)(direction, Path(source), Path(destination), parallel)
 
 
+_command("replay", "  phi4r replay runs/sft --parallel.dp 2")(replay)
 app.add_typer(checkpoint_app, name="checkpoint", short_help=COMMANDS["checkpoint"].help)
 
 

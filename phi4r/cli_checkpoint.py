@@ -1,4 +1,4 @@
-"""`phi4r checkpoint ...`: the commands of `phi4r.cli` that look after a run's checkpoints."""
+"""`phi4r checkpoint ...` and `phi4r replay`: the commands of `phi4r.cli` that look after what a run left."""
 
 from __future__ import annotations
 
@@ -57,3 +57,16 @@ def checkpoint_export(
     destination: Annotated[str, typer.Argument(metavar="DST", help="New folder")],
 ) -> None:
     _call(ctx, "phi4r.convert.hf:main", "phi4r-to-hf", Path(path), Path(destination))
+
+
+def replay(
+    ctx: typer.Context,
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder of the run that gave up")],
+) -> None:
+    """The batch and the weights are in RUN/replay; the settings are the run's, but for those given here."""
+    from phi4r.configs.load import load_stage
+    from phi4r.parallel.launch import find_target, run_handler
+
+    stage = find_target("phi4r.train.manage:stage_to_replay")(Path(run))
+    config = load_stage(stage, run, list(ctx.obj)).config
+    run_handler("phi4r.replay:main", [config, Path(run)], config.parallel)

@@ -278,7 +278,12 @@ class TrainConfig:
     eval_every: int = 100
     """SFT: steps between measurements of the held-out loss (0: never). GRPO samples anew in every step."""
     max_nonfinite_steps: int = 10
-    """Steps in a row whose gradient may be inf or NaN (they are skipped) before the run stops."""
+    """Steps in a row whose gradient may be inf or NaN (they are skipped) before the run stops and saves the
+    batch for `phi4r replay`."""
+    spike_sigmas: float = 10.0
+    """A loss this many robust standard deviations above the median of the last 128 is flagged (0: never)."""
+    check_replicas_every: int = 100
+    """Steps between comparisons of the data-parallel copies of the model, bit for bit (0: never)."""
 
     def __post_init__(self) -> None:
         _at_least(
@@ -289,6 +294,8 @@ class TrainConfig:
             logit_chunk_size=1,
             eval_every=0,
             max_nonfinite_steps=0,
+            spike_sigmas=0,
+            check_replicas_every=0,
         )
 
 

@@ -8,12 +8,11 @@ import os
 import signal
 import sys
 import threading
-import time
-import traceback
 from pathlib import Path
 
 from phi4r.errors import UserError
 from phi4r.io import atomic_write_json, atomic_write_text
+from phi4r.parallel.failure import fail, report_to
 
 
 def end_with_parent(life_line: int) -> None:
@@ -43,6 +42,7 @@ def main(folder: Path, life_line: int) -> int:
     """Run the job described in FOLDER/job.json; a failure is written to error_RANK.json for the parent to
     show."""
     end_with_parent(life_line)
+    report_to(folder)
     rank = int(os.environ["RANK"])
     job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     try:
@@ -58,19 +58,7 @@ def main(folder: Path, life_line: int) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception as error:  # noqa: BLE001  (whatever it is, the parent reports it as the job's error)
-        report = {
-            "time": time.time(),
-            "user_error": isinstance(error, UserError),
-            "message": str(error),
-            "trace": traceback.format_exc(),
-        }
-        atomic_write_json(folder / f"error_{rank}.json", report)
-        if rank > 0:  # rank 0 has the console, where the parent prints the error once
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # No clean-up that could wait for other ranks: the parent ends them.
-        os._exit(1)
+        fail(error)
     return 0
 
 

@@ -116,7 +116,7 @@ def update(
     trajectories: Sequence[Trajectory],
     step: int,
     informative: bool,
-    check: Callable[[int, StepResult], None],
+    check: Callable[[int, StepResult, Sequence[PackedRow], float], None],
 ) -> dict[str, Any]:
     """The optimizer steps on one set of trajectories; returns their metrics (means over the updates).
 
@@ -144,7 +144,7 @@ def update(
         rows = pack(part, length)
         if informative:
             result = policy.train_step(rows, loss, lr, temperature=temperature, with_entropy=True)
-            check(step, result)
+            check(step, result, rows, temperature)
         else:
             result = policy.evaluate(rows, loss, temperature=temperature, with_entropy=True)
         results.append(result)

@@ -81,6 +81,15 @@ def step_of(folder: Path) -> int | None:
     return int(match[1]) if match else None
 
 
+BATCH_INFO = "batch.json"
+"""What is said of a batch kept for `phi4r replay`."""
+
+
+def replay_folder(run_dir: str | Path) -> Path:
+    """RUN/replay: the batch of a step that was not finite, and the weights as a checkpoint."""
+    return Path(run_dir) / "replay"
+
+
 # --- the manifest
 
 

@@ -5,24 +5,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from phi4r.configs.stages import RLConfig, SFTConfig
 from phi4r.console import Progress, say
+from phi4r.data.packing import PackedRow
 from phi4r.data.tokenizer import Tokenizer
 from phi4r.errors import UserError
+from phi4r.parallel.attempt import beat
 from phi4r.parallel.layout import broadcast_object
-from phi4r.train import folders
+from phi4r.train import folders, health
 from phi4r.train.checkpoint import DamagedError, load_checkpoint
 from phi4r.train.engine import Engine, StepResult
 from phi4r.train.log import MetricsLogger
 from phi4r.train.retention import Retention
-from phi4r.train.save import CheckpointError, CheckpointSaver, Saved
+from phi4r.train.save import CheckpointError, CheckpointSaver, Saved, save_checkpoint
 from phi4r.train.session import fill_weights
 from phi4r.train.signals import StopFlag, end_by, stop_flag
+from phi4r.train.watchdog import watch
 
 # Without a terminal a run prints about this many lines, however long it is.
 PLAIN_LINES = 20
@@ -50,6 +53,9 @@ class TrainingLoop:
         self._progress: Progress
         self._stop: StopFlag
         self._saver = self._make_saver()
+        self._spikes = health.SpikeWatch.resumed(
+            self.config.train.spike_sigmas, run_dir / "metrics.jsonl", self.start_step
+        )
         self._saved_step = self.start_step
         self._failed_saves = 0
         self._stall_s = 0.0
@@ -112,17 +118,41 @@ class TrainingLoop:
     def begin_step(self) -> None:
         """Start the step's clock (for what is reported as step_seconds)."""
         self._step_began = time.perf_counter()
+        beat()
 
-    def check_finite(self, step: int, result: StepResult) -> None:
+    def check_finite(
+        self, step: int, result: StepResult, rows: Sequence[PackedRow], temperature: float = 1.0
+    ) -> None:
         """Count steps in a row that were left out because loss or gradient were not finite; past the limit,
-        stop."""
+        keep what the step was given (`rows`, the weights) for `phi4r replay` and stop."""
         self.nonfinite = 0 if result.applied else self.nonfinite + 1
-        if self.nonfinite > self.config.train.max_nonfinite_steps:
-            raise RuntimeError(
-                f"step {step + 1}: loss {result.loss} or gradient norm {result.grad_norm} is not finite for "
-                f"{self.nonfinite} steps in a row (train.max_nonfinite_steps ="
-                f" {self.config.train.max_nonfinite_steps})"
-            )
+        limit = self.config.train.max_nonfinite_steps
+        if self.nonfinite <= limit:
+            return
+        kept = self._keep_for_replay(step + 1, rows, temperature)
+        raise RuntimeError(
+            f"step {step + 1}: loss {result.loss} or gradient norm {result.grad_norm} is not finite for "
+            f"{self.nonfinite} steps in a row (train.max_nonfinite_steps = {limit}); {kept}"
+        )
+
+    def _keep_for_replay(self, step: int, rows: Sequence[PackedRow], temperature: float) -> str:
+        """Write RUN/replay; returns what to tell the user."""
+        folder = folders.replay_folder(self.run_dir)
+        if self._saver.is_writing:
+            self._attempt(self._saver.wait)
+        try:
+            # The weights are those before the step: a step that is not finite leaves them alone.
+            save_checkpoint(
+                folder, step, self.engine.chunks, None, state={"step": step},
+                model_cfg=self.engine.model_config, retention=Retention(1),
+            )  # fmt: skip
+            if self.engine.layout.is_main:
+                health.save_batch(
+                    folder, rows, {"stage": self.name, "step": step, "temperature": temperature}
+                )
+        except (CheckpointError, OSError) as error:
+            return f"the batch could not be kept: {error}"
+        return f"`phi4r replay {self.run_dir}` does the step again, row by row"
 
     def finish_step(
         self, step: int, metrics: Mapping[str, Any], shown: Mapping[str, Any], num_tokens: int
@@ -137,11 +167,17 @@ class TrainingLoop:
         clock = {"step_seconds": seconds, "tokens_per_second": num_tokens / max(seconds, 1e-9)}
         if self._stall_s:
             clock["checkpoint_stall_seconds"], self._stall_s = self._stall_s, 0.0
+        if "loss" in metrics and self._spikes.is_spike(metrics["loss"]):
+            metrics = {**metrics, "loss_spike": 1}
+            say(f"{self.name}: warning: the loss of step {step + 1}, {metrics['loss']:.4g}, is a spike")
         self._logger.log(step + 1, {**metrics, **clock})
         self._metrics = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
         self._progress.update(step + 1, {**shown, "tok/s": round(clock["tokens_per_second"])})
         if self._saver.is_writing:
             self._attempt(self._saver.poll)
+        every = self.config.train.check_replicas_every
+        if every and (step + 1) % every == 0:
+            health.check_replicas(self.engine.chunks, step + 1)
         due = self.config.checkpoint.every
         if due and (step + 1) % due == 0:
             self.save(step + 1)
@@ -207,6 +243,7 @@ def open_loop(
         MetricsLogger(run_dir, config.log, loop.start_step) as loop._logger,
         Progress(name, num_steps, loop.start_step, every) as loop._progress,
         stop_flag() as loop._stop,
+        watch(run_dir, engine.layout.rank, engine.layout.world_size, config.parallel.timeout_s),
     ):
         yield loop
         loop.close()

@@ -1,4 +1,4 @@
-"""`phi4r checkpoint ls|verify|rm`: a run's checkpoints for people. No torch here."""
+"""`phi4r checkpoint ls|verify|rm`, and what `phi4r replay` needs to know first. No torch here."""
 
 from __future__ import annotations
 
@@ -95,3 +95,13 @@ def rm(run_dir: Path, steps: Sequence[int]) -> None:
     """Delete checkpoints of a run by their steps."""
     for step in steps:
         say(f"removed {folders.remove(run_dir, step)}")
+
+
+def stage_to_replay(run_dir: Path) -> str:
+    """Which stage's step RUN/replay holds, "sft" or "rl". UserError if it holds none."""
+    path = folders.replay_folder(run_dir) / folders.BATCH_INFO
+    if not path.is_file():
+        raise UserError(
+            f"{run_dir}: nothing to replay (no {path}): a run leaves it when it gives up at a step"
+        )
+    return str(json.loads(path.read_text(encoding="utf-8"))["stage"])

@@ -52,7 +52,7 @@ def main(cfg: SFTConfig, run_dir: Path) -> None:
                 rows = [data.train_rows[index] for index in drawn]
                 lr = learning_rate(cfg.optimizer, step, cfg.train.num_steps)
                 result = engine.train_step(rows, sft_loss, lr)
-                loop.check_finite(step, result)
+                loop.check_finite(step, result, rows)
                 metrics = {
                     "loss": result.loss,
                     "grad_norm": result.grad_norm,

@@ -133,13 +133,13 @@ def test_steps_in_a_row_are_counted_and_a_good_one_starts_again(tmp_path: Path) 
     loop = open_training(tmp_path, limit=2)
     good, bad = (StepResult(1.0, 5, norm, norm == 1.0, {}) for norm in (1.0, float("nan")))
     for result in (bad, bad, good, bad, bad, good):
-        loop.check_finite(0, result)
-    loop.check_finite(3, bad)
-    loop.check_finite(4, bad)
+        loop.check_finite(0, result, rows(0))
+    loop.check_finite(3, bad, rows(0))
+    loop.check_finite(4, bad, rows(0))
     with pytest.raises(
         RuntimeError, match=r"step 6: .*gradient norm nan is not finite for 3 steps in a row"
     ) as error:
-        loop.check_finite(5, bad)
+        loop.check_finite(5, bad, rows(0))
     assert "train.max_nonfinite_steps = 2" in str(error.value)
 
 
