@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from phi4r_kernels.linear_loss import Elementwise, LossSpec
 from torch import Tensor
 
 from phi4r.parallel import zigzag
@@ -25,10 +26,13 @@ if TYPE_CHECKING:
 class HeadRequest:
     """What the last stage should make of the hidden states.
 
-    labels_T: int64 [T] targets (local tokens); select_T: bool [T] or None, tokens worth computing (others
-    give zeros); temperature: divides the logits; chunk_size: tokens per chunk of the log-prob path;
-    with_entropy: also entropy. logits_at: int64 [B] or None; when set, full-vocabulary logits [B, vocabulary]
-    of these tokens are returned instead.
+    labels_T: int64 [T] targets (local tokens); temperature: divides the logits; chunk_size: tokens whose
+    logits exist at once; with_entropy: also entropy; elementwise: which kernels, as `linear_loss` takes it.
+
+    loss: what to minimise, with terms, the per-token arguments of `linear_loss` by name (weights_T, ...); None
+    for log-probs without gradients, of the tokens select_T (bool [T]; None: all, others give zeros).
+    logits_at: int64 [B] or None; when set, full-vocabulary logits [B, vocabulary] of these tokens are
+    returned instead.
     """
 
     labels_T: Tensor | None = None
@@ -36,6 +40,9 @@ class HeadRequest:
     temperature: float = 1.0
     chunk_size: int = 4096
     with_entropy: bool = False
+    elementwise: Elementwise = "auto"
+    loss: LossSpec | None = None
+    terms: dict[str, Tensor] = field(default_factory=dict)
     logits_at: Tensor | None = None
 
 
