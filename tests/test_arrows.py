@@ -22,6 +22,7 @@ ARROWS = {
     "console": set(),
     "lock": set(),
     "slurm": {"configs", "plan"},
+    "slurm": {"configs", "plan"},
     "configs": set(),
     "tasks": {"configs", "data", "verify"},
     "verify": {"configs", "data", "rl"},
@@ -52,7 +53,7 @@ NO_TORCH = [
     "cli.py", "dryrun.py", "errors.py", "io.py", "optional.py", "console.py", "configs", "tasks", "curate",
     "plan",
     "evaluate", "data/records.py", "data/render.py", "data/tokenizer.py", "data/packing.py", "data/native.py",
-    "rl/rewards.py", "rl/types.py", "parallel/launch.py", "parallel/attempt.py", "lock.py", "slurm",
+    "rl/rewards.py", "rl/types.py", "parallel/launch.py", "parallel/attempt.py", "lock.py", "slurm", "slurm",
 ]  # fmt: skip
 
 

@@ -16,10 +16,12 @@ import contextlib
 import faulthandler
 import os
 import platform
+import signal
 import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import TextIO
 
 from phi4r.errors import UserError
@@ -45,7 +47,13 @@ class _Attempt:
         self.heartbeat.write_text(f"{timeout_s} {os.getpid()} {step_id} {_node()}\n", encoding="utf-8")
         self._stack: TextIO = open(folder / f"stack_{rank:05d}", "w", encoding="utf-8")
         self._last = float("-inf")
+        self.early_signal = 0
+        # A run installs its own handler when it trains; until then, and that takes a while, the signal waits.
+        self._handler = signal.signal(signal.SIGUSR2, self._keep_signal)
         self.beat()
+
+    def _keep_signal(self, number: int, frame: FrameType | None) -> None:
+        self.early_signal = number
 
     def beat(self) -> None:
         now = time.monotonic()
@@ -60,6 +68,7 @@ class _Attempt:
             faulthandler.dump_traceback_later(self.timeout_s, file=self._stack)
 
     def close(self) -> None:
+        signal.signal(signal.SIGUSR2, self._handler)
         faulthandler.cancel_dump_traceback_later()
         self._stack.close()
         with contextlib.suppress(OSError):
@@ -127,6 +136,11 @@ def beat() -> None:
     _last_beat = time.monotonic()
     if _active is not None:
         _active.beat()
+
+
+def early_signal() -> int:
+    """The signal to stop that came before the run could handle one (0: none)."""
+    return _active.early_signal if _active is not None else 0
 
 
 def mark_stopped() -> bool:

@@ -11,7 +11,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from phi4r.parallel.attempt import mark_stopped
+from phi4r.parallel.attempt import early_signal, mark_stopped
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
@@ -20,7 +20,7 @@ class StopFlag:
     """Set by the first of `SIGNALS`; a second SIGINT interrupts at once."""
 
     def __init__(self) -> None:
-        self.signal_number = 0
+        self.signal_number = early_signal()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal_number and number == signal.SIGINT:
