@@ -42,8 +42,9 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 
+Dtype = Literal["fp64", "fp32", "bf16"]
 # safetensors' name of a dtype -> (bytes, torch's name, ours)
-_DTYPES = {"F32": (4, "float32", "fp32"), "BF16": (2, "bfloat16", "bf16")}
+_DTYPES = {"F64": (8, "float64", "fp64"), "F32": (4, "float32", "fp32"), "BF16": (2, "bfloat16", "bf16")}
 _OURS = {ours: theirs for theirs, (_, _, ours) in _DTYPES.items()}
 
 
@@ -134,9 +135,11 @@ def read_hf_config(folder: str | Path) -> ModelConfig:
     if not (reasons and reasons[0].startswith("is a ")):
         reasons += rope_reasons
     dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "")
-    ours = {"float32": "fp32", "bfloat16": "bf16", "": ""}.get(dtype.removeprefix("torch."))
+    ours = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "": ""}.get(
+        dtype.removeprefix("torch.")
+    )
     if ours is None:
-        reasons.append(f"dtype {dtype!r} is not supported (expected bfloat16 or float32)")
+        reasons.append(f"dtype {dtype!r} is not supported (expected bfloat16, float32 or float64)")
     if reasons:
         raise UserError(f"{path}: " + "; ".join(reasons))
     names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
@@ -157,7 +160,7 @@ def read_hf_config(folder: str | Path) -> ModelConfig:
         rms_norm_eps=raw.get("rms_norm_eps", 1e-5),
         init_std=raw.get("initializer_range", 0.02),
         init_scheme="normal",
-        dtype=cast(Literal["fp32", "bf16"], ours) if ours else HFWeights(folder).dtype,
+        dtype=cast(Dtype, ours) if ours else HFWeights(folder).dtype,
     )
 
 
@@ -253,7 +256,7 @@ def read_header(path: Path) -> dict[str, Entry]:
 class HFWeights:
     """The tensors of a Hugging Face folder, read one at a time. Opening reads headers only.
 
-    Attributes: `entries` (name -> Entry), `dtype` ("fp32" or "bf16", the same for all tensors).
+    Attributes: `entries` (name -> Entry), `dtype` ("bf16", "fp32" or "fp64", the same for all tensors).
     Raises UserError naming a missing, damaged or doubly defined file or tensor.
     """
 
@@ -269,7 +272,7 @@ class HFWeights:
                 if name in self.entries:
                     raise UserError(f"{path}: tensor {name} is also in {self.entries[name].file.name}")
                 self.entries[name] = entry
-        self.dtype: Literal["fp32", "bf16"] = self._common_dtype()
+        self.dtype: Dtype = self._common_dtype()
 
     def _files(self) -> Iterator[tuple[Path, list[str] | None]]:
         index = self.folder / INDEX
@@ -287,15 +290,15 @@ class HFWeights:
                 raise UserError(f"{self.folder / name}: missing, but {INDEX} names it")
             yield self.folder / name, [tensor for tensor, file in weight_map.items() if file == name]
 
-    def _common_dtype(self) -> Literal["fp32", "bf16"]:
+    def _common_dtype(self) -> Dtype:
         first = ""
         for name, entry in self.entries.items():
             if entry.dtype not in _DTYPES:
-                raise UserError(f"{entry.file}: tensor {name} is {entry.dtype}, expected BF16 or F32")
+                raise UserError(f"{entry.file}: tensor {name} is {entry.dtype}, expected BF16, F32 or F64")
             first = first or entry.dtype
             if entry.dtype != first:
                 raise UserError(f"{entry.file}: tensor {name} is {entry.dtype}, but others are {first}")
-        return "bf16" if first == "BF16" else "fp32"
+        return cast(Dtype, _DTYPES[first][2])
 
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """UserError naming the first tensor that is missing, not expected, or of another shape."""
@@ -338,8 +341,8 @@ def _read_into(file: Any, buffer: memoryview, entry: Entry) -> None:
 class ShardWriter:
     """Write one safetensors file whose tensors are handed over one after another, in the order of `tensors`.
 
-    tensors: (name, shape) in order; dtype: "fp32" or "bf16". A context manager; leaving it early is an error
-    of ours.
+    tensors: (name, shape) in order; dtype: "bf16", "fp32" or "fp64". A context manager; leaving it early is
+    an error of ours.
     """
 
     def __init__(self, path: Path, tensors: list[tuple[str, tuple[int, ...]]], dtype: str) -> None:

@@ -75,8 +75,9 @@ class ModelConfig:
     init_scheme: Literal["normal", "fan_in"] = "fan_in"
     """Random weights: "normal" = N(0, init_std) as in Phi-4; "fan_in" = N(0, 1/fan_in), which suits tiny
     models."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """Compute and weight type. With bf16 the optimizer keeps fp32 master weights."""
+    dtype: Literal["fp64", "fp32", "bf16"] = "fp32"
+    """Compute and weight type. With bf16 the optimizer keeps fp32 master weights. fp64 is for proofs on CPU:
+    rounding is too small to grow into a difference between layouts, however long the run."""
     attention_backend: Literal["auto", "reference", "sdpa"] = "auto"
     """Attention: "reference" is written out in fp32, "sdpa" is torch's; "auto" takes the faster (see
     `phi4r doctor`)."""
@@ -273,6 +274,9 @@ class TrainConfig:
     """Packed rows per optimizer step over all ranks. RL steps take as many rows as their samples fill."""
     logit_chunk_size: int = 4096
     """Tokens whose logits exist at once: the loss walks over the vocabulary head in chunks of this size."""
+    head_backend: Literal["auto", "triton", "torch"] = "auto"
+    """Elementwise part of the head: Triton kernels or plain torch; "auto" takes Triton on CUDA, torch on
+    CPU."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Recompute activations in the backward pass: nothing, attention only, or whole layers."""
     eval_every: int = 100
@@ -503,6 +507,11 @@ class ObjectiveConfig:
     """Per-token KL estimate: log ratio, half its square, or the unbiased and non-negative third."""
     entropy_coef: float = 0.001
     """Weight of the entropy bonus (gamma)."""
+    ratio: Literal["token", "sequence"] = "token"
+    """What is clipped: each token's probability ratio, or their geometric mean over the response (GSPO)."""
+    importance_cap: float = 0.0
+    """Weight tokens by pi_old / pi_rollout, truncated here, where the sampler computes other log-probs than
+    the trainer (0: off)."""
     updates_per_rollout: int = 1
     """Optimizer steps on each set of samples. 1 is strictly on-policy and needs no second log-prob pass."""
     advantage_norm: Literal["std", "none"] = "std"
@@ -512,7 +521,14 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         _at_least(
-            "objective", self, clip_low=0, clip_high=0, kl_coef=0, entropy_coef=0, updates_per_rollout=1
+            "objective",
+            self,
+            clip_low=0,
+            clip_high=0,
+            kl_coef=0,
+            entropy_coef=0,
+            importance_cap=0,
+            updates_per_rollout=1,
         )
         _between("objective", self, 0, 1, "min_informative")
         require(self.clip_low < 1, "objective.clip_low", f"must be below 1, got {self.clip_low}")

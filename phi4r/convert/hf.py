@@ -21,6 +21,7 @@ from phi4r.errors import UserError
 from phi4r.huggingface import (
     INDEX,
     TOKENIZER_FILES,
+    Dtype,
     HFWeights,
     ShardWriter,
     hf_config,
@@ -148,7 +149,8 @@ def phi4r_to_hf(src: Path, dst: Path, max_shard_bytes: int = SHARD_BYTES) -> Non
     manifest = read_manifest(checkpoint)
     table = weight_table(manifest.model)
     reader = StreamReader(checkpoint / DIST, table)
-    dtype: Literal["fp32", "bf16"] = "bf16" if reader.dtype == torch.bfloat16 else "fp32"
+    names: dict[torch.dtype, Dtype] = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
+    dtype = names[reader.dtype]
     model = replace(manifest.model, dtype=dtype)
     shards = plan_shards([(weight.hf, weight.shape) for weight in table], dtype, max_shard_bytes)
     by_name = {weight.hf: weight for weight in table}

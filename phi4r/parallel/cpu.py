@@ -20,7 +20,8 @@ CPU = torch.device("cpu")
 PATCHES: dict[str, str] = {
     "redirect_device": 'device="cuda" given to tensor factories: token counts, gradient-norm scalars',
     "redirect_cuda_call": "Tensor.cuda(): slices and checkpoint exchange buffers",
-    "claim_cuda_type": "Tensor.type() says torch.cuda.*: the optimizers accept no other parameter types",
+    "claim_cuda_type": "Tensor.type() says torch.cuda.* and Float for fp64: optimizers accept no other types",
+    "keep_double": "Tensor.float() leaves fp64 alone: optimizers cast gradients to fp32 with it",
     "current_device": "torch.cuda.current_device(): gradient buffers, receive buffers, SP collectives",
     "synchronize": "torch.cuda.synchronize(): checkpoint saving shared by data-parallel ranks",
     "rng_state": "CUDA RNG state calls, used by activation recomputation, act on the CPU generator",
@@ -36,6 +37,7 @@ class _CudaMeansCpu(TorchFunctionMode):
         self.redirect_device = "redirect_device" not in left_out
         self.redirect_cuda_call = "redirect_cuda_call" not in left_out
         self.claim_cuda_type = "claim_cuda_type" not in left_out
+        self.keep_double = "keep_double" not in left_out
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -46,9 +48,11 @@ class _CudaMeansCpu(TorchFunctionMode):
             kwargs = {**kwargs, "device": CPU}
         if self.redirect_cuda_call and func is torch.Tensor.cuda:
             return args[0]
+        if self.keep_double and func is torch.Tensor.float and args[0].dtype == torch.float64:
+            return args[0]
         result = func(*args, **kwargs)
         if self.claim_cuda_type and func is torch.Tensor.type and isinstance(result, str):
-            return result.replace("torch.", "torch.cuda.", 1)
+            return result.replace("torch.", "torch.cuda.", 1).replace("Double", "Float")
         return result
 
 

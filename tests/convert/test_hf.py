@@ -244,7 +244,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "fp16": (
         edit_shard(lambda t: t.update({QKV: t[QKV].half()}), QKV),
-        f"tensor {QKV} is F16, expected BF16 or F32",
+        f"tensor {QKV} is F16, expected BF16, F32 or F64",
     ),
     "truncated shard": (truncate, "truncated: tensor"),
     "lost shard": (lose_shard, "model-00003-of-"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import megatron.core.tensor_parallel.random as megatron_random
@@ -67,8 +68,9 @@ def scenario(run_dir: str) -> None:
     """Train with recomputation, save and load: what phi4r does on a CPU."""
     parallel = ParallelConfig(dp=2)
     layout = init_layout(parallel)
-    for recompute in ("none", "full"):
-        engine = Engine(MODEL, parallel, layout, TrainConfig(recompute=recompute), OptimizerConfig())  # type: ignore[arg-type]
+    for dtype, recompute in (("fp32", "none"), ("fp32", "full"), ("fp64", "none")):
+        model = replace(MODEL, dtype=dtype)  # type: ignore[arg-type]
+        engine = Engine(model, parallel, layout, TrainConfig(recompute=recompute), OptimizerConfig())  # type: ignore[arg-type]
         load_weights(engine.models, MODEL, random_weights(MODEL, 0), 0, 1)
         engine.sync_optimizer()
         document = Document(np.arange(20, dtype=np.int32), np.ones(20, dtype=bool))
