@@ -2,10 +2,10 @@
 
     python -m benchmarks.check [attention grpo_head ...]
 
-On a GPU those of tests/gpu, without one those of tests/kernels, in a process of their own. A success is
-remembered under benchmarks/out/green for exactly these sources, versions and this device, so that a series of
-benchmarks runs its tests once; a failure is never remembered. Exit code 1 where a test fails or there is
-none.
+Kernels are tested on a GPU by tests/gpu, without one by tests/kernels, each file in a process of its own. A
+success is remembered under benchmarks/out/green for exactly these sources, versions and this device, so that
+a series of benchmarks runs its tests once; a failure is never remembered. Exit code 1 where a test fails or
+there is none.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.measure import default_device, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 GREEN = ROOT / "benchmarks" / "out" / "green"
-LIMIT_S = 900
+LIMIT_S = 600
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ TESTS: dict[str, Tests] = {
     "attention": Tests((_ATTENTION,)),
     "grpo_head": Tests((_HEAD,)),
     "step": Tests((_ATTENTION, _HEAD)),
+    "kernels": Tests(("tests/{where}/test_*.py",)),
     "rollout": Tests(("tests/rl/test_rollout.py",), ("phi4r", "kernels/phi4r_kernels")),
     "data": Tests(
         ("tests/data/test_packing.py", "tests/data/test_render.py"), ("phi4r", "kernels/phi4r_kernels")
@@ -52,28 +53,29 @@ def files_of(op: str, device: str, root: Path) -> list[Path]:
     return sorted(path for pattern in TESTS[op].patterns for path in root.glob(pattern.format(where=where)))
 
 
-def _fingerprint(op: str, files: list[Path], device: str, root: Path) -> str:
+def _stamp(op: str, file: Path, device: str, root: Path) -> str:
+    """A name that changes with the sources, the test, the versions and the device."""
     digest = hashlib.sha256(repr(versions(device)).encode())
     sources = [path for folder in TESTS[op].sources for path in sorted((root / folder).rglob("*.py"))]
-    for path in [*sources, *files]:
+    for path in [*sources, file]:
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:24]
+    return f"{file.stem}-{digest.hexdigest()[:24]}"
 
 
-def failure(op: str, device: str, root: Path = ROOT, green: Path = GREEN) -> str:
-    """Why times of `op` may not be written, "" if its tests pass (or passed with these very sources)."""
-    if op not in TESTS:
-        return ""
-    files = files_of(op, device, root)
-    if not files:
-        return f"no tests of {op} for {device} are there ({', '.join(TESTS[op].patterns)})"
-    stamp = green / f"{op}-{_fingerprint(op, files, device, root)}"
-    if stamp.exists():
-        return ""
-    names = [str(path.relative_to(root)) for path in files]
-    print(f"testing {op} first: {' '.join(names)}", flush=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *names]
-    on_gpu = device == "cuda" and all("{where}" in pattern for pattern in TESTS[op].patterns)
+def _run(file: Path, device: str, root: Path) -> str:
+    """Why the tests of one file do not pass, "" if they do. A process per file: one that crashes loses no
+    other."""
+    on_gpu = device == "cuda" and "gpu" in file.relative_to(root).parts
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        str(file.relative_to(root)),
+    ]
     command += ["-m", "gpu" if on_gpu else "not gpu and not slow"]
     path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
     try:
@@ -88,17 +90,36 @@ def failure(op: str, device: str, root: Path = ROOT, green: Path = GREEN) -> str
             timeout=LIMIT_S,
         )
     except subprocess.TimeoutExpired:
-        return f"the tests of {op} took more than {LIMIT_S} s"
-    lines = ended.stdout.strip().splitlines()
+        return f"{file.name} took more than {LIMIT_S} s"
+    lines = ended.stdout.strip().splitlines() or ["no output"]
     if ended.returncode:
         print("\n".join(lines[-40:]))
-        return f"the tests of {op} fail (exit code {ended.returncode}): {lines[-1] if lines else 'no output'}"
-    if not lines or " passed" not in lines[-1]:
-        return f"the tests of {op} did not run: {lines[-1] if lines else 'no output'}"
-    print(lines[-1])
-    stamp.parent.mkdir(parents=True, exist_ok=True)
-    stamp.touch()
+        return f"{file.name} fails (exit code {ended.returncode}): {lines[-1]}"
+    if " passed" not in lines[-1]:
+        return f"{file.name} did not run: {lines[-1]}"
+    print(f"  {file.name}: {lines[-1]}", flush=True)
     return ""
+
+
+def failure(op: str, device: str, root: Path = ROOT, green: Path = GREEN) -> str:
+    """Why times of `op` may not be written, "" if its tests pass (or passed with these very sources)."""
+    if op not in TESTS:
+        return ""
+    files = files_of(op, device, root)
+    if not files:
+        return f"no tests of {op} for {device} are there ({', '.join(TESTS[op].patterns)})"
+    reasons = []
+    for file in files:
+        stamp = green / _stamp(op, file, device, root)
+        if stamp.exists():
+            continue
+        print(f"testing {op} first: {file.relative_to(root)}", flush=True)
+        if reason := _run(file, device, root):
+            reasons.append(reason)
+            continue
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        stamp.touch()
+    return "; ".join(reasons)
 
 
 def main() -> int:

@@ -4,8 +4,8 @@
 
 Needs phi4r installed. A model of the tiny preset with random weights samples `--num-requests` answers of
 exactly `--new-tokens` tokens to prompts of 16 to 48 random tokens, at temperature 1; prefill included. Beside
-it: transformers' `generate` on a Phi-3 of the same sizes, everything in one padded batch. The engine's samples
-must not depend on the number of slots: that is compared before anything is written.
+it: transformers' `generate` on a Phi-3 of the same sizes, everything in one padded batch. The samples of the
+engine must not depend on the number of slots: that is compared before anything is written.
 tokens_per_second counts sampled tokens. Rows go to results/rollout.csv.
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -32,13 +33,17 @@ def cpu_name() -> str:
 
 
 def provenance(*paths: str) -> dict[str, Any]:
-    """date (UTC), commit, dirty (1: `paths`, relative to the repository, had changes), cpu."""
+    """date (UTC), commit, dirty (1: `paths`, relative to the repository, had changes), cpu.
+
+    A copy without its git folder takes the commit from the variable PHI4R_COMMIT and cannot say whether it is
+    dirty ("")."""
     root = Path(__file__).parents[1]
+    commit = git("rev-parse", "--short", "HEAD")
     changed = git("status", "--porcelain", "--", *(str(root / path) for path in paths))
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": git("rev-parse", "--short", "HEAD"),
-        "dirty": int(bool(changed)),
+        "commit": commit or os.environ.get("PHI4R_COMMIT", "unknown"),
+        "dirty": int(bool(changed)) if commit else "",
         "cpu": cpu_name(),
     }
 

@@ -242,7 +242,7 @@ def shares(run: suite.Run, step: Step, parts: Mapping[str, Parts]) -> dict[str, 
 
     calls = {f"{name} attention": attention(chosen) for name, chosen in parts.items()}
     calls |= {f"{name} head": head(chosen) for name, chosen in parts.items()}
-    times, _ = measure.interleave(calls, 0.0, run.device)
+    times, _ = measure.interleave(calls, 0.0, run.device, min_rounds=run.min_rounds)
     return {
         name: (times[f"{name} attention"].p50, times[f"{name} head"].p50)
         for name in parts

@@ -66,10 +66,11 @@ class Run:
     device: str
     shape: str
     seconds: float
+    min_rounds: int
     only: tuple[str, ...]
     writes: bool
     results: Path
-    columns: Sequence[str] = ()
+    columns: Sequence[str]
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def wanted(self, name: str) -> bool:
@@ -80,7 +81,7 @@ class Run:
         """Append rows at once, so that a later crash loses nothing; keeps them for a table."""
         self.rows += [dict(row) for row in rows]
         if self.writes and rows:
-            append_rows(self.name, self.columns or COLUMNS, rows, self.results)
+            append_rows(self.name, self.columns, rows, self.results)
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -91,7 +92,10 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--device", choices=("cuda", "cpu"), default=measure.default_device())
     made.add_argument("--shape", choices=tuple(SHAPES), help="default: phi4 on a GPU, tiny without")
     made.add_argument("--tokens", type=int, nargs="+", metavar="T", help="default: by --shape")
-    made.add_argument("--seconds", type=float, default=2.0, help="per comparison (default: %(default)s)")
+    made.add_argument(
+        "--seconds", type=float, default=1.0, help="per comparison and implementation (default: %(default)s)"
+    )
+    made.add_argument("--min-rounds", type=int, default=5, help="at least (default: %(default)s)")
     made.add_argument("--only", nargs="+", default=[], metavar="IMPL", help="names that begin so")
     made.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
     made.add_argument(
@@ -109,9 +113,16 @@ def start(name: str, options: argparse.Namespace, columns: Sequence[str] = ()) -
     if not options.no_check and (reason := check.failure(name, options.device)):
         sys.exit(f"benchmarks.{name}: {reason}; nothing is written (--no-check prints all the same)")
     run = Run(
-        name, options.device, options.shape, options.seconds, tuple(options.only), not options.no_check,
-        options.results, columns,
-    )  # fmt: skip
+        name=name,
+        device=options.device,
+        shape=options.shape,
+        seconds=options.seconds,
+        min_rounds=options.min_rounds,
+        only=tuple(options.only),
+        writes=not options.no_check,
+        results=options.results,
+        columns=columns or COLUMNS,
+    )
     if options.device == "cpu":
         print("no GPU: small shapes, torch's own implementations only; Triton's interpreter is not timed")
     return run
@@ -147,7 +158,9 @@ def compare(
     if not calls:
         return []
     limits = measure.ceilings(run.device) if what.flops or what.bytes else None
-    timings, failed = measure.interleave(calls, run.seconds, run.device)
+    timings, failed = measure.interleave(
+        calls, run.seconds * len(calls), run.device, min_rounds=run.min_rounds
+    )
     for name, reason in failed.items():
         print(f"  {name}: fell out: {reason}")
     against = next((name for name in what.against if name in timings), next(iter(timings), ""))
