@@ -13,6 +13,7 @@ from phi4r.configs.schema import fields_of, sections_of
 from phi4r.configs.sections import ModelConfig, ParallelConfig
 from phi4r.configs.stages import STAGES, RLConfig, SFTConfig, StageConfig
 from phi4r.console import console, say
+from phi4r.plan.memory import GIB, worst_stage
 
 FILES = {
     "sft": ("config.json", "metrics.jsonl", "checkpoints/step_*/", "logs/"),
@@ -65,6 +66,16 @@ def parameters_text(model: ModelConfig) -> str:
     return f"{rest:,} + {per_token:,} per token of the vocabulary (the tokenizer decides)"
 
 
+def memory_text(config: SFTConfig | RLConfig) -> str:
+    """What the fullest GPU would hold, by the plan."""
+    if not config.model.vocab_size:
+        return "not planned: the vocabulary comes from the tokenizer"
+    memory = worst_stage(config)
+    parts = sorted(memory.lines(), key=lambda line: -line[1])[:3]
+    most = ", ".join(f"{name} {gib:.1f}" for name, gib in parts)
+    return f"{memory.total / GIB:.1f} GiB on the fullest GPU ({most}, ...); see `phi4r plan`"
+
+
 def _path_text(path: str, otherwise: str) -> str:
     if not path:
         return otherwise
@@ -77,6 +88,7 @@ def plan_lines(stage: str, config: StageConfig, run_dir: Path) -> list[tuple[str
     if isinstance(config, SFTConfig | RLConfig):
         lines.append(("parameters", parameters_text(config.model)))
         lines.append(("starts from", _path_text(config.init.checkpoint, "random weights")))
+        lines.append(("memory", memory_text(config)))
     if isinstance(config, SFTConfig):
         tokens = config.train.global_batch_size * config.data.seq_length
         generated = f"{config.data.num_generated:,} generated documents ({config.data.task})"

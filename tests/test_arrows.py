@@ -22,7 +22,6 @@ ARROWS = {
     "console": set(),
     "lock": set(),
     "slurm": {"configs", "plan"},
-    "slurm": {"configs", "plan"},
     "configs": set(),
     "tasks": {"configs", "data", "verify"},
     "verify": {"configs", "data", "rl"},
@@ -43,7 +42,9 @@ ARROWS = {
     "dryrun": {"configs", "plan"},
     "replay": {"configs", "data", "parallel", "rl", "train"},
     "cli_checkpoint": {"configs", "parallel"},
-    "cli": {"cli_checkpoint", "configs", "dryrun", "parallel"},
+    "cli_prepare": {"configs", "data", "parallel", "plan"},
+    "cli_slurm": {"parallel", "slurm"},
+    "cli": {"cli_checkpoint", "cli_prepare", "cli_slurm", "configs", "dryrun", "parallel"},
     "__main__": {"cli"},
 }
 MEGATRON = {"model", "parallel", "train", "convert"}
@@ -51,9 +52,9 @@ MEGATRON = {"model", "parallel", "train", "convert"}
 # Files and folders that may not name torch at all: they run on a login node.
 NO_TORCH = [
     "cli.py", "dryrun.py", "errors.py", "io.py", "optional.py", "console.py", "configs", "tasks", "curate",
-    "plan",
+    "plan", "cli_prepare.py",
     "evaluate", "data/records.py", "data/render.py", "data/tokenizer.py", "data/packing.py", "data/native.py",
-    "rl/rewards.py", "rl/types.py", "parallel/launch.py", "parallel/attempt.py", "lock.py", "slurm", "slurm",
+    "rl/rewards.py", "rl/types.py", "parallel/launch.py", "parallel/attempt.py", "lock.py", "slurm",
 ]  # fmt: skip
 
 

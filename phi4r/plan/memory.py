@@ -138,7 +138,12 @@ def stage_memory(config: SFTConfig | RLConfig, pp_rank: int, kernels: Kernels | 
 
 
 def worst_stage(config: SFTConfig | RLConfig, kernels: Kernels | None = None) -> Memory:
-    """The stage that needs the most memory. `model.vocab_size` must be known."""
+    """The stage that needs the most memory. `model.vocab_size` must be known.
+
+    Stages between the second and the last are like the second with less in flight, so three are looked at.
+    """
+    last = config.parallel.pp - 1
     return max(
-        (stage_memory(config, rank, kernels) for rank in range(config.parallel.pp)), key=lambda m: m.total
+        (stage_memory(config, rank, kernels) for rank in sorted({0, min(1, last), last})),
+        key=lambda memory: memory.total,
     )

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from phi4r.configs.sections import ModelConfig, ParallelConfig
 from phi4r.configs.stages import uneven_stages
 
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2}
-"""Bytes of one value of `model.dtype`."""
+"""Bytes of one value of `model.dtype`. Gradients and optimizer state are fp32, or fp64 with an fp64 model."""
 
 FP32 = 4
 PARAM_ALIGNMENT = 64
@@ -138,12 +139,14 @@ def lay_out(weights: list[int], shards: int, bucket_size: int | None) -> Buffer:
     return Buffer(end, tuple(parameters), tuple(buckets))
 
 
+@lru_cache(maxsize=4096)
 def rank_states(model: ModelConfig, parallel: ParallelConfig, pp_rank: int = 0, shard: int = 0) -> States:
     """What rank (`pp_rank`, `shard` of dp x cp) holds after its first optimizer step. Adam's step counters
     (one number per parameter) are not counted."""
     width = BYTES[model.dtype]
     shards = parallel.dp * parallel.cp
-    per_element = 2 * FP32 + (FP32 if width < FP32 else 0)  # two moments, and master weights beside bf16
+    wide = max(width, FP32)
+    per_element = 2 * wide + (FP32 if width < FP32 else 0)  # two moments, and master weights beside bf16
     numel = owned = 0
     for stage, weights in enumerate(rank_chunks(model, parallel, pp_rank)):
         if not parallel.distributed_optimizer:
@@ -156,4 +159,4 @@ def rank_states(model: ModelConfig, parallel: ParallelConfig, pp_rank: int = 0, 
         buffer = lay_out(weights, shards, size)
         numel += buffer.numel
         owned += buffer.owned(shards, shard)
-    return States(numel * width, numel * FP32, owned * per_element)
+    return States(numel * width, numel * wide, owned * per_element)

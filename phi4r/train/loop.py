@@ -20,6 +20,7 @@ from phi4r.parallel.layout import broadcast_object
 from phi4r.train import folders, health
 from phi4r.train.checkpoint import DamagedError, load_checkpoint
 from phi4r.train.engine import Engine, StepResult
+from phi4r.train.footprint import record_memory
 from phi4r.train.log import MetricsLogger
 from phi4r.train.retention import Retention
 from phi4r.train.save import CheckpointError, CheckpointSaver, Saved, save_checkpoint
@@ -164,6 +165,8 @@ class TrainingLoop:
         bit for bit on CPU.
         """
         seconds = time.perf_counter() - self._step_began
+        if step == self.start_step:
+            record_memory(self.config, self.engine, self.run_dir)
         clock = {"step_seconds": seconds, "tokens_per_second": num_tokens / max(seconds, 1e-9)}
         if self._stall_s:
             clock["checkpoint_stall_seconds"], self._stall_s = self._stall_s, 0.0

@@ -1,0 +1,66 @@
+"""`phi4r plan` and `phi4r data build`: the commands of `phi4r.cli` for what comes before a run."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from phi4r.errors import UserError
+
+data_app = typer.Typer(help="Packed shards for training", rich_markup_mode=None)
+
+RL_SECTIONS = ("problems", "rollout", "reward", "objective")
+
+
+def plan(
+    ctx: typer.Context,
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="As for sft and rl: a recipe or an earlier run's folder")
+    ],
+    nodes: Annotated[int, typer.Option("--nodes", min=1, help="Nodes")] = 4,
+    gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", min=1, help="GPUs of a node")] = 8,
+    gpu: Annotated[str, typer.Option("--gpu", metavar="h100|h200", help="Kind of GPU")] = "h100",
+    stage: Annotated[
+        str, typer.Option("--stage", metavar="sft|rl", help="Default: what the recipe has settings for")
+    ] = "",
+    tokens: Annotated[
+        float, typer.Option("--tokens", min=0, help="Tokens to train on (0: train.num_steps decides)")
+    ] = 0.0,
+    document_tokens: Annotated[
+        int, typer.Option("--document-tokens", min=0, help="Mean length of documents (0: one fills a row)")
+    ] = 0,
+    response_tokens: Annotated[
+        int,
+        typer.Option("--response-tokens", min=0, help="Mean response of RL (0: a quarter of the longest)"),
+    ] = 0,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Layouts to list")] = 8,
+) -> None:
+    from phi4r.configs.load import load_stage
+    from phi4r.plan.command import Options, main
+
+    if stage not in ("", "sft", "rl"):
+        raise UserError(f"--stage: expected sft or rl, got {stage!r}")
+    loaded = load_stage(stage or _stage_of(recipe), recipe, list(ctx.obj))
+    options = Options(
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        gpu=gpu,
+        tokens=tokens,
+        document_tokens=document_tokens,
+        response_tokens=response_tokens,
+        limit=limit,
+    )
+    main(loaded, options)
+
+
+def _stage_of(recipe: str) -> str:
+    """The stage a recipe is for: sft where it says anything about data, rl where it speaks of rollouts
+    only."""
+    from phi4r.configs.load import read_recipe
+
+    found = read_recipe(recipe)
+    if found.resolved_stage:
+        return found.resolved_stage
+    sections = {section for section, _ in found.shared}
+    return "rl" if "data" not in sections and sections & set(RL_SECTIONS) else "sft"

@@ -1,0 +1,162 @@
+"""`phi4r plan` and `phi4r.plan.check`: what they answer, and how quickly."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from phi4r.configs.load import load_stage
+from phi4r.configs.sections import ModelConfig, ParallelConfig, TrainConfig
+from phi4r.configs.stages import RLConfig, SFTConfig
+from phi4r.errors import UserError
+from phi4r.plan import check
+from phi4r.plan.command import Options, plan
+from phi4r.plan.hardware import GPUS, load_rates
+from phi4r.plan.memory import GIB, kv_bytes, worst_stage
+from phi4r.plan.search import overrides
+from phi4r.plan.speed import model_flops_per_token, step_time, tokens_per_step
+from phi4r.plan.states import rank_states
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def recipe(stage: str, name: str, *words: str) -> SFTConfig | RLConfig:
+    config = load_stage(stage, name, words).config
+    assert isinstance(config, SFTConfig | RLConfig)
+    return config
+
+
+def test_recipes_fit_the_gpus_they_are_laid_out_for() -> None:
+    for stage, name in (("sft", "phi4_sft"), ("rl", "phi4_grpo")):
+        verdict = check(recipe(stage, name), gpus=32, gpu_memory_gib=GPUS["h100"].memory_gib)
+        assert verdict.fits, verdict.reason
+        assert 20 < verdict.needed_gib < verdict.usable_gib
+
+
+def test_a_run_that_does_not_fit_is_told_by_how_much_and_what_fills_the_gpu() -> None:
+    config = recipe("sft", "phi4_sft", "train.recompute=none", "parallel.cp=1", "parallel.dp=8")
+    verdict = check(config, gpus=32, gpu_memory_gib=79.1)
+    assert not verdict.fits
+    excess = f"{verdict.needed_gib - verdict.usable_gib:.1f} GiB too much"
+    assert excess in verdict.reason
+    assert "activations" in verdict.reason
+
+
+def test_a_layout_for_another_number_of_gpus_does_not_fit() -> None:
+    verdict = check(recipe("sft", "phi4_sft"), gpus=16, gpu_memory_gib=79.1)
+    assert not verdict.fits
+    assert "32 ranks, but there are 16 GPUs" in verdict.reason
+
+
+def test_an_unknown_vocabulary_is_said_and_not_guessed() -> None:
+    verdict = check(recipe("sft", "tiny"), gpus=1, gpu_memory_gib=79.1)
+    assert verdict.fits
+    assert "vocab_size" in verdict.reason
+
+
+def test_phi4_weights_and_adam_take_the_bytes_of_the_formula() -> None:
+    model = ModelConfig.from_preset("phi4")
+    plain = rank_states(model, ParallelConfig(distributed_optimizer=False))
+    numel = 14_659_507_200
+    assert (plain.parameters, plain.gradients, plain.optimizer) == (2 * numel, 4 * numel, 12 * numel)
+    cut = ParallelConfig(dp=8)
+    shards = [rank_states(model, cut, shard=shard).optimizer for shard in range(8)]
+    assert sum(shards) == 12 * numel
+    assert max(shards) - min(shards) <= 12 * 128
+
+
+def test_a_full_sequence_of_phi4_keeps_six_and_a_quarter_gib_of_keys_and_values() -> None:
+    config = recipe("rl", "phi4_grpo", "rollout.num_slots=1", "parallel.tp=1", "parallel.sp=false",
+                    "parallel.pp=1")  # fmt: skip
+    assert isinstance(config, RLConfig)
+    assert kv_bytes(config, config.model.num_layers) == 32_768 * 204_800
+
+
+def test_flops_per_token_are_those_of_the_reference() -> None:
+    config = recipe("sft", "phi4_sft")
+    fixed = model_flops_per_token(config, 0)
+    assert fixed == pytest.approx(84.9e9, rel=1e-3)
+    assert (model_flops_per_token(config, 1000) - fixed) / 1000 == pytest.approx(1.23e6, rel=1e-2)
+
+
+def test_the_best_layout_uses_every_gpu_fits_and_can_be_given_back_as_overrides() -> None:
+    loaded = load_stage("sft", "phi4_sft")
+    found, cluster, _ = plan(loaded, Options(nodes=4))
+    best = found.fitting[0]
+    words = [word.removeprefix("--").replace(" ", "=") for word in overrides(best.config)]
+    again = recipe("sft", "phi4_sft", *words)
+    assert again.parallel == best.config.parallel
+    assert check(again, gpus=cluster.gpus, gpu_memory_gib=cluster.rates.gpu.memory_gib).fits
+    times = [candidate.time.total for candidate in found.fitting]
+    assert times == sorted(times)
+    assert all(candidate.excess_gib(cluster) > 0 for candidate in found.too_big)
+
+
+def test_tensor_parallel_five_and_ten_are_refused_for_the_vocabulary() -> None:
+    found, _, _ = plan(load_stage("sft", "phi4_sft"), Options(nodes=5))
+    assert "vocab_size (100352)" in found.refused["tp 5"]
+    assert "vocab_size (100352)" in found.refused["tp 10"]
+    assert {c.config.parallel.tp for c in found.fitting + found.too_big} == {1, 2}
+
+
+def test_recomputing_layers_costs_time_and_saves_memory() -> None:
+    rates = load_rates(GPUS["h100"])
+    _, _, work = plan(load_stage("sft", "phi4_sft"), Options())
+    none = recipe("sft", "phi4_sft", "train.recompute=none")
+    full = recipe("sft", "phi4_sft", "train.recompute=full")
+    slower, faster = (step_time(config, rates, 8, work).total for config in (full, none))
+    assert 1.2 < slower / faster < 1.4
+    assert worst_stage(full).activations < worst_stage(none).activations / 4
+
+
+def test_measured_rows_replace_anchors_and_say_so(tmp_path: Path) -> None:
+    columns = "device,op,mode,impl,dtype,tokens,tflops,gemm_tflops,copy_gb_s\n"
+    line = "NVIDIA H200,attention,forward,ours,bfloat16,32768,500,700,4000\n"
+    (tmp_path / "attention.csv").write_text(columns + line)
+    rates = load_rates(GPUS["h200"], tmp_path)
+    assert (rates.attention_forward.value, rates.gemm.value, rates.copy.value) == (500, 700, 4000)
+    assert "measured (attention.csv" in rates.attention_forward.source
+    assert "anchor" in rates.attention_backward.source
+    assert "anchor" in load_rates(GPUS["h100"], tmp_path).gemm.source
+
+
+def test_no_layout_that_fits_is_an_error_after_the_reasons(capsys: pytest.CaptureFixture[str]) -> None:
+    from phi4r.plan.command import main
+
+    with pytest.raises(UserError, match="no layout fits"):
+        main(load_stage("sft", "phi4_sft"), Options(nodes=1, gpus_per_node=1))
+    assert "does not fit, recompute full" in capsys.readouterr().out
+
+
+def test_the_command_answers_within_a_second_of_cpu_without_torch() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "phi4r", "plan", "phi4_sft", "--nodes", "64"]
+    best = float("inf")
+    for _ in range(3):  # CPU time, the best of three: a busy machine must not fail this
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert ended.returncode == 0, ended.stderr
+        best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert best < 1.0
+    assert "| torch" not in ended.stderr
+    for part in ("best: ", "does not fit", "not legal: tp 5", "rates:", "--parallel.tp", "submit:"):
+        assert part in ended.stdout
+
+
+def test_more_data_parallel_ranks_than_rows_are_refused_by_the_batch() -> None:
+    config = dataclasses.replace(recipe("sft", "phi4_sft"), train=TrainConfig(global_batch_size=32))
+    assert tokens_per_step(config, plan(load_stage("sft", "phi4_sft"), Options())[2]) == 32 * 32_768
+    found, _, _ = plan(load_stage("sft", "phi4_sft"), Options(nodes=64))
+    assert "32 rows cannot be shared evenly" in found.refused["train.global_batch_size"]
+    assert max(c.config.parallel.dp for c in found.fitting) <= 32
+
+
+def test_memory_of_the_worst_stage_adds_up() -> None:
+    memory = worst_stage(recipe("sft", "phi4_sft"))
+    assert memory.kv_cache == 0
+    assert sum(gib for _, gib in memory.lines()) * GIB == pytest.approx(memory.total)
