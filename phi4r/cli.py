@@ -63,6 +63,10 @@ COMMANDS: dict[str, Command] = {
     "status": Command("State, step, time left and restarts of a run", None, "phi4r.slurm.status:main"),
     "logs": Command("What a rank of a run printed", None, "phi4r.slurm.logs:main"),
     "merge": Command("Put the parts of an evaluation by a job array together", None, "phi4r.evaluate.merge:main"),
+    "launch": Command("Submit a stage to SLURM, if it fits", None, "phi4r.slurm.submit:main"),
+    "status": Command("State, step, time left and restarts of a run", None, "phi4r.slurm.status:main"),
+    "logs": Command("What a rank of a run printed", None, "phi4r.slurm.logs:main"),
+    "merge": Command("Put the parts of a job array's evaluation together", None, "phi4r.evaluate.merge:main"),
     "doctor": Command("What this machine has, and what would be used", None, "phi4r.doctor:main"),
 }
 

@@ -545,6 +545,9 @@ class EvalSettings:
 
     runs: int = 8
     """Independent runs with seeds of their own. The paper: 5, and 50 for AIME 2025."""
+    part: int = 0
+    """Which `runs` of a larger evaluation: those with the seeds part x runs and on. For job arrays; see `phi4r
+    merge`."""
     num_problems: int = 256
     """Problems per run, the first of the set (0: all)."""
     temperature: float = 1.0
@@ -557,7 +560,7 @@ class EvalSettings:
     """Resamples of problems and runs behind each interval."""
 
     def __post_init__(self) -> None:
-        _at_least("eval", self, runs=1, num_problems=0, max_new_tokens=1, bootstrap=100)
+        _at_least("eval", self, runs=1, part=0, num_problems=0, max_new_tokens=1, bootstrap=100)
         _positive("eval", self, "temperature")
 
 

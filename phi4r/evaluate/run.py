@@ -65,6 +65,7 @@ def evaluate_checkpoint(cfg: EvalConfig, checkpoint: str, path: Path) -> Results
     """All runs of one checkpoint; writes the result file on rank 0 and returns the results on every rank."""
     opened = open_inference(checkpoint, cfg.parallel, cfg.tokenizer)
     problems = broadcast_object(_problems(cfg, path.parent) if opened.layout.is_main else None)
+    first_run = cfg.eval.part * cfg.eval.runs
     runs = sample_runs(
         opened,
         problems,
@@ -73,11 +74,13 @@ def evaluate_checkpoint(cfg: EvalConfig, checkpoint: str, path: Path) -> Results
         (cfg.seed, EVAL_STREAM),
         cfg.problems.system_message,
         title=f"eval {Path(checkpoint).name}",
+        first_run=first_run,
     )
     results = None
     if opened.layout.is_main:
+        seeds = list(range(first_run, first_run + cfg.eval.runs))
         with VerifierPool() as pool:
-            results = evaluate_samples(problems, runs, checker(pool), seeds=list(range(cfg.eval.runs)))
+            results = evaluate_samples(problems, runs, checker(pool), seeds=seeds)
         write_results(path, results)
     return broadcast_object(results)
 
@@ -107,14 +110,16 @@ def sample_runs(
     key: tuple[int, ...],
     system_message: str,
     title: str,
+    first_run: int = 0,
 ) -> list[list[Sample]]:
-    """`samples[run][problem]`: one answer per problem and run. Run r's stream is (key, r, problem index)."""
+    """`samples[run][problem]`: one answer per problem and run. The stream of run r
+    is (key, first_run + r, problem index)."""
     prompts = [tuple(render_prompt(opened.tokenizer, p, system_message)) for p in problems]
     sampler = EmbeddedEngine(opened.engine, opened.tokenizer.eos_ids, NUM_SLOTS)
     runs = []
     with Progress(title, num_runs) as progress:
         for run in range(num_runs):
-            requests = [SampleRequest(prompt, (*key, run, i)) for i, prompt in enumerate(prompts)]
+            requests = [SampleRequest(prompt, (*key, first_run + run, i)) for i, prompt in enumerate(prompts)]
             samples = to_samples(sampler.generate(requests, options), prompts, 1, opened.tokenizer)
             runs.append(samples)
             progress.update(run + 1, {"mean length": sum(s.num_tokens for s in samples) / len(samples)})

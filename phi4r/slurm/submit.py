@@ -1,0 +1,229 @@
+"""`phi4r launch`: check a recipe against the cluster, show what would be submitted, submit it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import phi4r
+from phi4r.configs.load import Loaded, load_stage
+from phi4r.configs.stages import RLConfig, SFTConfig
+from phi4r.console import say
+from phi4r.errors import UserError
+from phi4r.io import atomic_write_text
+from phi4r.plan import check
+from phi4r.plan.hardware import find_gpu
+from phi4r.slurm.scheduler import ask, find_job
+
+STAGES = ("curate", "sft", "rl", "eval", "bench")
+MAX_LEAD_S = 900
+"""Longest time between the signal to save and the time limit; short jobs get a quarter of their time."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the user asked for; see `phi4r launch --help`."""
+
+    stage: str
+    words: list[str]
+    overrides: list[str]
+    """`section.key=value`."""
+    run_dir: str
+    recipe: str
+    nodes: int
+    time: str
+    gpus_per_node: int
+    gpu: str
+    after: str
+    array: int
+    sbatch: str
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What goes to sbatch."""
+
+    run_dir: Path | None
+    script: Path
+    command: list[str]
+    notes: list[str]
+
+
+def scripts_folder() -> Path:
+    """launch/ of the repository that this phi4r runs from."""
+    home = Path(os.environ.get("PHI4R_HOME") or Path(phi4r.__file__).parents[1])
+    folder = home / "launch"
+    if not (folder / "job.sh").is_file():
+        raise UserError(
+            f"{folder}: no job scripts there; they come with the repository: set PHI4R_HOME to a clone"
+        )
+    return folder
+
+
+def seconds_of(time: str) -> int:
+    """A SLURM time limit (M, M:S, H:M:S, D-H, D-H:M, D-H:M:S) in seconds."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+    if match is None:
+        raise UserError(f"--time: expected minutes, H:M:S or D-H:M:S, got {time!r}")
+    days, parts = match[1], [int(part) for part in match.groups()[1:] if part is not None]
+    if days is not None or len(parts) == 3:
+        hours, minutes, seconds = parts + [0] * (3 - len(parts))
+    else:
+        hours, minutes, seconds = 0, parts[0], parts[1] if len(parts) > 1 else 0
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _load(wish: Wish) -> Loaded | None:
+    """The stage's checked configuration (bench has none)."""
+    if wish.stage == "bench":
+        if not wish.words:
+            raise UserError("launch bench: expected the name of a benchmark")
+        return None
+    if not wish.words:
+        raise UserError(
+            f"launch {wish.stage}: expected {'CHECKPOINT [TASK]' if wish.stage == 'eval' else 'RECIPE'}"
+        )
+    source = (wish.recipe or None) if wish.stage == "eval" else wish.words[0]
+    return load_stage(wish.stage, source, wish.overrides)
+
+
+def _tasks_per_node(wish: Wish, world_size: int) -> int:
+    if world_size % wish.nodes:
+        raise UserError(
+            f"launch: the recipe's layout has {world_size} ranks, which do not spread evenly over --nodes"
+            f" {wish.nodes}"
+        )
+    tasks = world_size // wish.nodes
+    if wish.gpus_per_node and tasks > wish.gpus_per_node:
+        raise UserError(
+            f"launch: the recipe's layout has {world_size} ranks, and --nodes {wish.nodes} with"
+            f" {wish.gpus_per_node} GPUs have {wish.nodes * wish.gpus_per_node}"
+        )
+    return tasks
+
+
+def prepare(wish: Wish) -> Submission:
+    """The sbatch command for a wish. UserError where the recipe is wrong, cannot fit, or runs already."""
+    if wish.stage not in STAGES:
+        raise UserError(f"launch: expected one of {', '.join(STAGES)}, got {wish.stage!r}")
+    script = scripts_folder() / f"{wish.stage}.sbatch"
+    loaded, notes, tasks = _load(wish), [], 1
+    run_dir = None
+    words = [*wish.words, *(f"--{override}" for override in wish.overrides)]
+    if loaded is not None:
+        parallel = loaded.config.parallel
+        # curate is one task that starts its own ranks
+        tasks = 1 if wish.stage == "curate" else _tasks_per_node(wish, parallel.world_size)
+        if isinstance(loaded.config, SFTConfig | RLConfig):
+            gpu = find_gpu(wish.gpu)
+            verdict = check(loaded.config, gpus=parallel.world_size, gpu_memory_gib=gpu.memory_gib)
+            if not verdict.fits:
+                raise UserError(f"launch: {loaded.recipe.name} on {gpu.name}: {verdict.reason}")
+            notes.append(f"{loaded.recipe.name} on {gpu.name}: {verdict.reason}")
+        name = Path(wish.words[0]).name if wish.stage == "eval" else loaded.recipe.name
+        run_dir = Path(wish.run_dir or f"runs/{wish.stage}_{name}").absolute()
+        words += ["--recipe", wish.recipe] if wish.recipe and wish.stage == "eval" else []
+        words += ["--run-dir", str(run_dir)]
+        _refuse_second_job(run_dir)
+    elif wish.run_dir:
+        raise UserError("launch bench: has no run folder; results go where the benchmark says")
+    options = [f"--nodes={wish.nodes}", f"--ntasks-per-node={tasks}"]
+    options.append(f"--gpus-per-node={wish.gpus_per_node or tasks}")
+    if wish.time:
+        lead = max(1, min(MAX_LEAD_S, seconds_of(wish.time) // 4))
+        options += [f"--time={wish.time}", f"--signal=B:USR2@{lead}"]
+    if run_dir is not None:
+        options += [f"--output={run_dir}/logs/job-%j.out", f"--comment={run_dir}"]
+    if wish.after:
+        options += [f"--dependency=afterok:{wish.after}", "--kill-on-invalid-dep=yes"]
+    if wish.array:
+        if wish.stage != "eval":
+            raise UserError(f"--array: is for eval, whose runs are independent; not for {wish.stage}")
+        options.append(f"--array=0-{wish.array - 1}")
+    command = ["sbatch", "--parsable", *options, *shlex.split(wish.sbatch), str(script), *words]
+    return Submission(run_dir, script, command, notes)
+
+
+def _refuse_second_job(run_dir: Path) -> None:
+    path = run_dir / "slurm" / "job"
+    if path.exists() and shutil.which("scontrol"):
+        job = find_job(path.read_text(encoding="utf-8").strip())
+        if job is not None and job.is_queued:
+            raise UserError(
+                f"{run_dir}: job {job.job_id} ({job.state}) has this run folder; scancel it first"
+            )
+
+
+def _in_site(command: Sequence[str]) -> list[str]:
+    """The command as a job's environment has it: launch/site.sh may set account, partition and more."""
+    return ["bash", "-c", 'source "$PHI4R_HOME/launch/env.sh" && exec "$@"', "bash", *command]
+
+
+def _environment() -> Mapping[str, str]:
+    return {**os.environ, "PHI4R_HOME": str(scripts_folder().parent)}
+
+
+def rendered(command: Sequence[str]) -> str:
+    """The command for people: an option a line."""
+    lines, rest = [command[0]], list(command[1:])
+    while rest and rest[0].startswith("-"):
+        lines.append("  " + shlex.quote(rest.pop(0)))
+    return " \\\n".join([*lines, "  " + shlex.join(rest)])
+
+
+def main(wish: Wish, dry_run: bool, parsable: bool) -> None:
+    """Show the command, let sbatch check it, submit it, and say how to follow it.
+
+    dry_run: show command and script, and submit nothing. parsable: print the job's id and nothing else.
+    """
+    submission = prepare(wish)
+    if not parsable:
+        for note in submission.notes:
+            say(note)
+        say(rendered(submission.command))
+    can_submit = shutil.which("sbatch") is not None
+    if dry_run:
+        say(f"\n# {submission.script}")
+        say(submission.script.read_text(encoding="utf-8").rstrip())
+        if not can_submit:
+            say("\nnot checked by SLURM: there is no sbatch on this machine")
+            return
+    test = [submission.command[0], "--test-only", *submission.command[2:]]
+    ask(_in_site(test), _environment())
+    if dry_run:
+        say("\nSLURM accepts this (sbatch --test-only); nothing was submitted")
+        return
+    job_id = _submit(submission)
+    merge_id = _submit_merge(submission, job_id) if wish.array else ""
+    if parsable:
+        print(merge_id or job_id)
+        return
+    say(f"\nsubmitted as job {job_id}" + (f"; job {merge_id} puts its parts together" if merge_id else ""))
+    if submission.run_dir is not None:
+        say(f"  phi4r status {submission.run_dir}")
+        say(f"  phi4r logs {submission.run_dir} -f")
+    say(f"  scancel {job_id}   (ends it for good; the same command goes on from its last checkpoint)")
+
+
+def _submit(submission: Submission) -> str:
+    if submission.run_dir is not None:  # a job whose log folder is missing fails without a log
+        (submission.run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    job_id = ask(_in_site(submission.command), _environment()).strip().partition(";")[0]
+    if submission.run_dir is not None:
+        atomic_write_text(submission.run_dir / "slurm" / "job", job_id + "\n")
+        atomic_write_text(submission.run_dir / "slurm" / "command", rendered(submission.command) + "\n")
+    return job_id
+
+
+def _submit_merge(submission: Submission, array_id: str) -> str:
+    script, folder = submission.script.with_name("merge.sbatch"), submission.run_dir
+    command = [
+        "sbatch", "--parsable", f"--dependency=afterok:{array_id}", "--kill-on-invalid-dep=yes",
+        f"--output={folder}/logs/job-%j.out", f"--comment={folder}", str(script), str(folder),
+    ]  # fmt: skip
+    return ask(_in_site(command), _environment()).strip().partition(";")[0]
