@@ -115,8 +115,18 @@ def init_distributed(threads: int = 1, timeout_s: int = 600) -> torch.device:
     return device
 
 
+def _destroy_groups() -> None:
+    """End every group but the world. Megatron forgets its groups without ending them, and each gloo group
+    keeps a thread that wakes a hundred times a second."""
+    world = dist.group.WORLD
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not world:
+            dist.destroy_process_group(group)
+
+
 def init_layout(parallel: ParallelConfig, seed: int = 0) -> Layout:
-    """Make megatron-core's groups for `parallel` and return this rank's `Layout`.
+    """Make megatron-core's groups for `parallel` and return this rank's `Layout`. Groups of the same sizes
+    are kept, those of another layout are ended.
 
     Raises UserError where the number of started ranks is not tp * pp * cp * dp.
     """
@@ -130,16 +140,24 @@ def init_layout(parallel: ParallelConfig, seed: int = 0) -> Layout:
             f"parallel: {world_size} ranks were started, but tp {parallel.tp} x pp {parallel.pp}"
             f" x cp {parallel.cp} x dp {parallel.dp} needs {parallel.world_size}"
         )
-    if mpu.is_initialized():
+    vpp = parallel.vpp if parallel.vpp > 1 else None
+    if mpu.is_initialized() and (parallel.tp, parallel.pp, vpp, parallel.cp) != (
+        mpu.get_tensor_model_parallel_world_size(),
+        mpu.get_pipeline_model_parallel_world_size(),
+        mpu.get_virtual_pipeline_model_parallel_world_size(),
+        mpu.get_context_parallel_world_size(),
+    ):
         mpu.destroy_model_parallel()
-    mpu.initialize_model_parallel(
-        parallel.tp,
-        parallel.pp,
-        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
-        context_parallel_size=parallel.cp,
-        distributed_timeout_minutes=max(1, parallel.timeout_s // 60),
-        create_gloo_process_groups=device.type == "cuda",
-    )
+        _destroy_groups()
+    if not mpu.is_initialized():
+        mpu.initialize_model_parallel(
+            parallel.tp,
+            parallel.pp,
+            virtual_pipeline_model_parallel_size=vpp,
+            context_parallel_size=parallel.cp,
+            distributed_timeout_minutes=max(1, parallel.timeout_s // 60),
+            create_gloo_process_groups=device.type == "cuda",
+        )
     # Phi-4 has no dropout, so no RNG stream has to be forked; recomputation still saves and restores states.
     tensor_parallel.model_parallel_cuda_manual_seed(seed + 1, inference_rng_tracker=True)
     return Layout(
