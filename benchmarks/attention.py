@@ -24,6 +24,7 @@ from benchmarks import measure, suite
 from benchmarks.attention_peers import OURS, PEERS, Attention, Documents, reference
 from benchmarks.shapes import MIXES, SHAPES, Shape, attention_bytes, attention_flops, documents
 
+ALL = {**OURS, **PEERS}
 MODES = ("forward", "backward")
 ERROR_TOKENS = 2048
 AGAINST = ("ours_hopper", "ours", "sdpa_flash")
@@ -42,36 +43,33 @@ def random_inputs(
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout
 
 
-def error(attend: Attention, mode: str, docs: Documents, inputs: tuple[Tensor, ...]) -> float:
-    """Relative error of the output, or the worst one of the three gradients, against float64."""
+def error(attend: Attention, docs: Documents, inputs: tuple[Tensor, ...]) -> dict[str, float]:
+    """Relative error against float64 by mode: of the output, and the worst one of the three gradients."""
     q, k, v, dout = inputs
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
     out, out64 = attend(q, k, v), reference(*exact, docs)
-    if mode == "forward":
-        return measure.checked_error([out.detach()], [out64.detach()])
     grads = torch.autograd.grad(out, (q, k, v), dout)
-    return measure.checked_error(grads, torch.autograd.grad(out64, exact, dout.double()))
+    grads64 = torch.autograd.grad(out64, exact, dout.double())
+    return {
+        "forward": measure.checked_error([out.detach()], [out64.detach()]),
+        "backward": measure.checked_error(grads, grads64),
+    }
 
 
 def errors(
-    run: suite.Run, shape: Shape, dtype: torch.dtype, mix: str, mode: str, num_tokens: int, said: set[str]
-) -> dict[str, float]:
-    """Errors of all implementations on a row of at most 2,048 tokens with one KV head; the ones that are
-    missing or wrong are not in it."""
+    run: suite.Run, shape: Shape, dtype: torch.dtype, mix: str, num_tokens: int, said: set[str]
+) -> dict[str, dict[str, float]]:
+    """Errors of all implementations by mode, on a row of at most 2,048 tokens with one KV head; the ones that
+    are missing or wrong are not in it."""
     docs = Documents(tuple(documents(mix, min(num_tokens, ERROR_TOKENS))), run.device)
     group = shape.num_heads // shape.num_kv_heads
     slice_shape = Shape("slice", 0, group, 1, shape.head_dim, 0, 0, 0)
     inputs = random_inputs(slice_shape, docs.num_tokens, dtype, run.device, seed=1)
 
-    def measured(make: Callable[[Documents], Attention]) -> float:
-        return error(make(docs), mode, docs, inputs)
+    def measured(make: Callable[[Documents], Attention]) -> dict[str, float]:
+        return error(make(docs), docs, inputs)
 
-    makers = {
-        name: partial(measured, make)
-        for name, make in {**OURS, **PEERS}.items()
-        if (mode == "backward" or not name.endswith("deterministic"))
-    }
-    return suite.gather(run, makers, said)
+    return suite.gather(run, {name: partial(measured, make) for name, make in ALL.items()}, said)
 
 
 def calls(
@@ -98,6 +96,43 @@ def calls(
     return {name: partial(make, attend) for name, attend in makers.items()}
 
 
+def compare(
+    run: suite.Run,
+    shape: Shape,
+    dtype: torch.dtype,
+    mode: str,
+    mix: str,
+    docs: Documents,
+    made: Mapping[str, Attention],
+    right: Mapping[str, Mapping[str, float]],
+) -> None:
+    """One mode of one row of documents. The deterministic variant differs in the backward alone."""
+    num_tokens, lengths = docs.num_tokens, list(docs.lengths)
+    moved = attention_bytes(shape, num_tokens, mode, dtype.itemsize)
+    what = suite.Comparison(
+        op="attention",
+        mode=mode,
+        case=mix,
+        dtype=str(dtype).removeprefix("torch."),
+        shape=f"{shape.num_heads}/{shape.num_kv_heads}x{shape.head_dim}",
+        tokens=num_tokens,
+        flops=attention_flops(shape, lengths, mode),
+        bytes=moved,
+        against=AGAINST,
+        errors={name: found[mode] for name, found in right.items()},
+    )
+    print(
+        f"attention {mode}, {mix}, {num_tokens:,} tokens in {len(lengths)} documents "
+        f"(longest {max(lengths):,})"
+    )
+    sets = [
+        random_inputs(shape, num_tokens, dtype, run.device, seed)
+        for seed in range(measure.rotations(moved, run.device))
+    ]
+    chosen = {name: made[name] for name in made if mode == "backward" or name != "ours_deterministic"}
+    suite.compare(run, what, suite.gather(run, calls(chosen, mode, sets)))
+
+
 def main() -> int:
     """All modes, mixes and sizes asked for."""
     parser = suite.parser(__doc__)
@@ -108,38 +143,13 @@ def main() -> int:
     shape = SHAPES[run.shape]
     dtype = torch.bfloat16 if run.device == "cuda" else torch.float32
     said: set[str] = set()
-    for mode in options.modes:
-        for mix in options.mixes:
-            right = errors(run, shape, dtype, mix, mode, max(options.tokens), said)
-            for num_tokens in options.tokens:
-                docs = Documents(tuple(documents(mix, num_tokens)), run.device)
-                item = dtype.itemsize
-                moved = attention_bytes(shape, num_tokens, mode, item)
-                print(
-                    f"attention {mode}, {mix}, {num_tokens:,} tokens in {len(docs.lengths)} documents "
-                    f"(longest {max(docs.lengths):,})"
-                )
-                sets = [
-                    random_inputs(shape, num_tokens, dtype, run.device, seed)
-                    for seed in range(measure.rotations(moved, run.device))
-                ]
-                made = suite.gather(
-                    run, {name: partial({**OURS, **PEERS}[name], docs) for name in right}, said
-                )
-                heads = f"{shape.num_heads}/{shape.num_kv_heads}x{shape.head_dim}"
-                what = suite.Comparison(
-                    op="attention",
-                    mode=mode,
-                    case=mix,
-                    dtype=str(dtype).removeprefix("torch."),
-                    shape=heads,
-                    tokens=num_tokens,
-                    flops=attention_flops(shape, list(docs.lengths), mode),
-                    bytes=moved,
-                    against=AGAINST,
-                    errors=right,
-                )
-                suite.compare(run, what, suite.gather(run, calls(made, mode, sets), said))
+    for mix in options.mixes:
+        right = errors(run, shape, dtype, mix, max(options.tokens), said)
+        for num_tokens in options.tokens:
+            docs = Documents(tuple(documents(mix, num_tokens)), run.device)
+            made = suite.gather(run, {name: partial(ALL[name], docs) for name in right}, said)
+            for mode in options.modes:
+                compare(run, shape, dtype, mode, mix, docs, made, right)
     suite.finish(run)
     return 0
 
