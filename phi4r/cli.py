@@ -67,6 +67,7 @@ COMMANDS: dict[str, Command] = {
     "status": Command("State, step, time left and restarts of a run", None, "phi4r.slurm.status:main"),
     "logs": Command("What a rank of a run printed", None, "phi4r.slurm.logs:main"),
     "merge": Command("Put the parts of a job array's evaluation together", None, "phi4r.evaluate.merge:main"),
+    "bench": Command("Measure speed beside what one would use instead", None, "phi4r.bench:main"),
     "doctor": Command("What this machine has, and what would be used", None, "phi4r.doctor:main"),
 }
 
@@ -168,13 +169,13 @@ CheckpointArgument = Annotated[
 ]
 
 
-def _command(name: str, examples: str = "") -> Any:
+def _command(name: str, examples: str = "", **settings: Any) -> Any:
     """Register a command under its table entry; the ones with configuration keys get them into their
     --help."""
     row = COMMANDS[name]
     cls = StageCommand if row.stage is not None else TyperCommand
     text = row.help + "." + (f"\n\n\b\nExamples:\n{examples}" if examples else "")
-    return app.command(name, cls=cls, help=text, short_help=row.help)
+    return app.command(name, cls=cls, help=text, short_help=row.help, **settings)
 
 
 # --- stages
@@ -490,6 +491,31 @@ def rollouts_show(
 
 
 app.add_typer(rollouts_app, name="rollouts", short_help=COMMANDS["show"].help)
+
+
+_BENCH_EXAMPLES = """\
+  phi4r bench attention --tokens 32768 --mixes dense lognormal
+  phi4r bench data --help
+  phi4r bench plot attention"""
+# Everything after the entry is the entry's own, --help included.
+_PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False}
+
+
+@_command("bench", _BENCH_EXAMPLES, context_settings=_PASS_ON)
+def bench(
+    ctx: typer.Context,
+    entry: Annotated[
+        str,
+        typer.Argument(
+            metavar="ENTRY",
+            help="attention, grpo_head, elementwise, step, rollout, data or native; plot or targets",
+        ),
+    ],
+) -> None:
+    from phi4r.parallel.launch import find_target
+
+    _no_overrides(ctx)
+    raise typer.Exit(find_target(COMMANDS["bench"].target)(entry, ctx.args))
 
 
 @_command("doctor")

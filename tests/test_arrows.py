@@ -37,6 +37,7 @@ ARROWS = {
     "score": {"configs", "data", "model", "parallel", "rl", "train"},
     "generate": {"configs", "data", "model", "parallel", "rl", "train"},
     "quickstart": {"configs", "curate", "data", "evaluate", "parallel", "rl", "tasks", "train"},
+    "bench": set(),
     "doctor": {"data", "model"},
     "plan": {"configs"},
     "dryrun": {"configs", "plan"},
