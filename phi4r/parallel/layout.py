@@ -183,9 +183,12 @@ def init_layout(parallel: ParallelConfig, seed: int = 0) -> Layout:
 def distributed_session() -> Iterator[None]:
     """Ends the process group on a clean exit; after an exception the launcher ends the other ranks
     instead."""
+    from megatron.core import parallel_state as mpu
+
     yield
     if dist.is_initialized():
         dist.barrier()
+        mpu.destroy_model_parallel()  # a later session of this process must not meet groups that are gone
         dist.destroy_process_group()
 
 
