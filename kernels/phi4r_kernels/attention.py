@@ -27,6 +27,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from phi4r_kernels import attention_kernels as kernels
+from phi4r_kernels import interpreter
 from phi4r_kernels.attention_plan import K_TILE, Q_TILE, AttentionPlan
 from phi4r_kernels.attention_tiles import HEAD_DIMS, ROWS, Launch, Tiles, tiles_for
 
@@ -35,6 +36,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 L2_BYTES = 32 * 2**20
 """Keys and values that programs running at the same time may share: what is surely left of a 50 MB cache."""
+
+if INTERPRETED:
+    interpreter.install()
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -97,15 +101,18 @@ def _launch_dkdv(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, k_tiles: Tensor, scale: float,
     launch: Launch, dq_sums: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dK and dV; with `dq_sums` (fp32 zeros [N, Tq, H]) also dQ / scale, added into it."""
+    """dK and dV; with `dq_sums` (fp32 zeros [N Tq, H]) also dQ / scale, added into it."""
     (num_queries, num_heads, dim), (num_keys, num_kv_heads) = q.shape, k.shape[:2]
     group = num_heads // num_kv_heads
     dk = torch.empty(num_keys, num_kv_heads, dim, dtype=k.dtype, device=k.device)
     dv = torch.empty(num_keys, num_kv_heads, dim, dtype=v.dtype, device=v.device)
+    dq_desc = None
+    if dq_sums is not None:
+        dq_desc = TensorDescriptor(dq_sums, list(dq_sums.shape), [dim, 1], [launch.block, dim])
     section = _section(num_kv_heads, 2 * group * num_queries * dim * q.element_size())
     kernels._attention_bwd_kernel[(k_tiles.size(0) * num_kv_heads,)](
         _descriptor(q, launch.block), _descriptor(k, K_TILE), _descriptor(v, K_TILE),
-        _descriptor(do, launch.block), delta if dq_sums is None else dq_sums, dk, dv, lse, delta, k_tiles,
+        _descriptor(do, launch.block), dq_desc, dk, dv, lse, delta, k_tiles,
         k_tiles.size(0), section, num_queries, num_kv_heads,
         q.stride(1), k.stride(1), v.stride(1), do.stride(1), scale, scale * math.log2(math.e),
         GROUP=group, H=dim, BM=launch.block, BN=K_TILE, FUSED=dq_sums is not None,
@@ -141,7 +148,7 @@ def _launch_backward(
         dk, dv = _launch_dkdv(do, q, k, v, lse, delta, k_tiles, scale, tiles.dkdv, None)
         return _launch_dq(do, q, k, v, lse, delta, q_tiles, scale, tiles.dq), dk, dv
     num_queries, num_heads, dim = q.shape
-    sums = torch.zeros(num_heads, num_queries, dim, dtype=torch.float32, device=q.device)
+    sums = torch.zeros(num_heads * num_queries, dim, dtype=torch.float32, device=q.device)
     dk, dv = _launch_dkdv(do, q, k, v, lse, delta, k_tiles, scale, tiles.fused, sums)
     dq = torch.empty(num_queries, num_heads, dim, dtype=q.dtype, device=q.device)
     kernels._attention_dq_cast_kernel[(triton.cdiv(num_queries, ROWS), num_heads)](

@@ -114,11 +114,11 @@ def _attention_delta_kernel(
 
 @triton.jit
 def _attention_bwd_queries(
-    dk, dv, k, v, q_desc, do_desc, dq_ptr, lse_ptr, delta_ptr, q_col, do_col, head_row, num_queries,
+    dk, dv, k, v, q_desc, do_desc, dq_desc, lse_ptr, delta_ptr, q_col, do_col, head_row, sum_row,
     begin, end, q_stop, offset, keys, qk_scale,
-    H: tl.constexpr, BM: tl.constexpr, FUSED: tl.constexpr, MASKED: tl.constexpr,
+    BM: tl.constexpr, FUSED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add queries begin..end of one head to dk and dv of a key tile and, if FUSED, its part of dQ to dq."""
+    """Add queries begin..end of one head to dk and dv of a key tile and, if FUSED, its dQ to dq_desc."""
     for m in tl.range(begin, end, BM):
         rows = m + tl.arange(0, BM)
         inside = rows < q_stop
@@ -136,19 +136,19 @@ def _attention_bwd_queries(
         dk = tl.dot(ds_t, q, dk)
         if FUSED:
             dq = tl.dot(ds_t.T, k)
-            cells = (head_row + rows)[:, None] * H + tl.arange(0, H)[None, :]
-            tl.atomic_add(dq_ptr + cells, dq, mask=inside[:, None], sem="relaxed")
+            dq_desc.atomic_add([sum_row + m, 0], dq)
     return dk, dv
 
 
 @triton.jit
 def _attention_bwd_kernel(
-    q_desc, k_desc, v_desc, do_desc, dq_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, tiles_ptr,
+    q_desc, k_desc, v_desc, do_desc, dq_desc, dk_ptr, dv_ptr, lse_ptr, delta_ptr, tiles_ptr,
     num_tiles, section, num_queries, num_kv_heads, q_head, k_head, v_head, do_head, scale, qk_scale,
     GROUP: tl.constexpr, H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
     """dK and dV [Tk, K, H] of one key tile of one KV head, summed over the group's query heads in place.
-    FUSED: its part of dQ / scale is added to dq_ptr, fp32 [N, Tq, H], by atomics (5 products in all)."""
+    FUSED: its part of dQ / scale is added to dq_desc, fp32 [N Tq, H], by one TMA reduction a step (5 products
+    in all); rows beyond q_stop get zeros added. Else dq_desc is None."""
     tile, kv_head = _tile_and_head(num_tiles, section)
     entry = tiles_ptr + tile * 8
     k_start, k_stop = tl.load(entry), tl.load(entry + 1)
@@ -168,12 +168,12 @@ def _attention_bwd_kernel(
         masked = tl.minimum(q_start + tl.cdiv(masked, BM) * BM, q_stop)
         masked = tl.where(k_stop - k_start < BN, q_stop, masked)
         dk, dv = _attention_bwd_queries(
-            dk, dv, k, v, q_desc, do_desc, dq_ptr, lse_ptr, delta_ptr, head * q_head, head * do_head,
-            head_row, num_queries, q_start, masked, q_stop, offset, keys, qk_scale, H, BM, FUSED, True,
+            dk, dv, k, v, q_desc, do_desc, dq_desc, lse_ptr, delta_ptr, head * q_head, head * do_head,
+            head_row, head * num_queries, q_start, masked, q_stop, offset, keys, qk_scale, BM, FUSED, True,
         )  # fmt: skip
         dk, dv = _attention_bwd_queries(
-            dk, dv, k, v, q_desc, do_desc, dq_ptr, lse_ptr, delta_ptr, head * q_head, head * do_head,
-            head_row, num_queries, masked, q_stop, q_stop, offset, keys, qk_scale, H, BM, FUSED, False,
+            dk, dv, k, v, q_desc, do_desc, dq_desc, lse_ptr, delta_ptr, head * q_head, head * do_head,
+            head_row, head * num_queries, masked, q_stop, q_stop, offset, keys, qk_scale, BM, FUSED, False,
         )  # fmt: skip
     cells = (rows.to(tl.int64) * num_kv_heads + kv_head)[:, None] * H + tl.arange(0, H)[None, :]
     inside = (rows < k_stop)[:, None]

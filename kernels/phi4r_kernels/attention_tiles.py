@@ -45,11 +45,11 @@ TILES: dict[int, dict[int, Tiles]] = {
     },
     90: {
         64: Tiles(Launch(128, 8, 2), Launch(64, 8, 2), Launch(64, 8, 2), Launch(128, 8, 2)),
-        128: Tiles(Launch(128, 8, 2), Launch(64, 8, 2), Launch(64, 8, 2), Launch(64, 8, 2)),
+        128: Tiles(Launch(128, 8, 2), Launch(32, 8, 2), Launch(64, 8, 2), Launch(64, 8, 2)),
     },
     100: {
         64: Tiles(Launch(128, 8, 2), Launch(64, 8, 2), Launch(64, 8, 2), Launch(128, 8, 2)),
-        128: Tiles(Launch(128, 8, 2), Launch(64, 8, 2), Launch(64, 8, 2), Launch(64, 8, 2)),
+        128: Tiles(Launch(128, 8, 2), Launch(32, 8, 2), Launch(64, 8, 2), Launch(64, 8, 2)),
     },
 }
 """Compute capability (tens) -> head dimension -> launches. Head dimensions below 64 use the entry of 64."""
@@ -83,78 +83,50 @@ class Variant:
     arch: int
     kernel: Any
     signature: dict[str, str]
-    constexprs: dict[str, int | bool]
+    constexprs: dict[str, int | bool | None]
     aligned: tuple[str, ...]
     num_warps: int
     num_stages: int
 
 
-_INTS = ("num_tiles", "section", "num_queries", "num_heads", "num_kv_heads")
 _STRIDES = ("q_head", "k_head", "v_head", "do_head", "do_row")
+_INTS = ("num_tiles", "section", "num_queries", "num_heads", "num_kv_heads", *_STRIDES)
 _FP32 = ("lse_ptr", "delta_ptr", "sum_ptr")
 
 
 def _variant(
-    name: str, arch: int, kernel: Any, dtype: str, descriptors: dict[str, str], constexprs: dict[str, Any],
-    launch: Launch,
-) -> Variant:  # fmt: skip
-    types = dict.fromkeys((*_INTS, *_STRIDES), "i32") | {"scale": "fp32", "qk_scale": "fp32"}
-    types |= descriptors
-    signature = {}
-    for argument in kernel.arg_names:
-        if argument in constexprs:
-            continue
-        if argument == "tiles_ptr":
-            signature[argument] = "*i32"
-        elif argument in _FP32 or (argument == "dq_ptr" and constexprs.get("FUSED") is not None):
-            signature[argument] = "*fp32"
-        else:
-            signature[argument] = types.get(argument, f"*{dtype}")
+    name: str, arch: int, dtype: str, dim: int, launch: Launch, query_block: int, key_block: int, group: int
+) -> Variant:
+    """The kernel `name` with blocks of query_block and key_block rows."""
+    both_ways = name in ("fused", "dkdv")
+    kernel = getattr(kernels, f"_attention_{'bwd' if both_ways else name}_kernel")
+    queries, keys = f"tensordesc<{dtype}[{query_block}, {dim}]>", f"tensordesc<{dtype}[{key_block}, {dim}]>"
+    types = dict.fromkeys(_INTS, "i32") | dict.fromkeys(_FP32, "*fp32")
+    types |= {"scale": "fp32", "qk_scale": "fp32", "tiles_ptr": "*i32"}
+    types |= {"q_desc": queries, "do_desc": queries, "k_desc": keys, "v_desc": keys}
+    types |= {"dq_desc": f"tensordesc<fp32[{query_block}, {dim}]>"}
+    sizes = {"GROUP": group, "H": dim, "BM": query_block, "BN": key_block, "FUSED": name == "fused"}
+    constexprs = {argument: sizes[argument] for argument in kernel.arg_names if argument in sizes}
+    if name == "dkdv":
+        constexprs["dq_desc"] = None
+    signature = {a: types.get(a, f"*{dtype}") for a in kernel.arg_names if a not in constexprs}
     aligned = tuple(a for a in signature if a.endswith("_ptr") or a in _STRIDES)
-    return Variant(name, arch, kernel, signature, constexprs, aligned, launch.num_warps, launch.num_stages)
+    full_name = f"attention {name} sm_{arch} H{dim} {dtype}"
+    return Variant(
+        full_name, arch, kernel, signature, constexprs, aligned, launch.num_warps, launch.num_stages
+    )
 
 
 def variants(group: int = 4) -> Iterator[Variant]:
     """Every kernel in every configuration that ships, for GQA groups of `group` (Phi-4: 4), bf16 and fp16."""
+    elementwise = Launch(ROWS, 4, 1)
     for arch, of_arch in TILES.items():
         for dim, tiles in of_arch.items():
             for dtype in ("bf16", "fp16"):
-                tag = f"sm_{arch} H{dim} {dtype}"
-                sizes = {"GROUP": group, "H": dim}
-                for kind, kernel in (
-                    ("fwd", kernels._attention_fwd_kernel),
-                    ("dq", kernels._attention_dq_kernel),
-                ):
-                    launch = getattr(tiles, kind)
-                    queries, keys = (
-                        f"tensordesc<{dtype}[{Q_TILE}, {dim}]>",
-                        f"tensordesc<{dtype}[{launch.block}, {dim}]>",
-                    )
-                    descriptors = {"q_desc": queries, "do_desc": queries, "k_desc": keys, "v_desc": keys}
-                    constexprs = {**sizes, "BM": Q_TILE, "BN": launch.block}
-                    yield _variant(
-                        f"attention {kind} {tag}", arch, kernel, dtype, descriptors, constexprs, launch
-                    )
-                for kind in ("fused", "dkdv"):
-                    launch = getattr(tiles, kind)
-                    queries, keys = (
-                        f"tensordesc<{dtype}[{launch.block}, {dim}]>",
-                        f"tensordesc<{dtype}[{K_TILE}, {dim}]>",
-                    )
-                    descriptors = {"q_desc": queries, "do_desc": queries, "k_desc": keys, "v_desc": keys}
-                    constexprs = {**sizes, "BM": launch.block, "BN": K_TILE, "FUSED": kind == "fused"}
-                    yield _variant(
-                        f"attention {kind} {tag}", arch, kernels._attention_bwd_kernel, dtype, descriptors,
-                        constexprs, launch,
-                    )  # fmt: skip
-                for kind in ("delta", "dq_cast"):
-                    kernel = getattr(kernels, f"_attention_{kind}_kernel")
-                    yield _variant(
-                        f"attention {kind} {tag}",
-                        arch,
-                        kernel,
-                        dtype,
-                        {},
-                        {"H": dim, "BM": ROWS},
-                        Launch(ROWS, 4, 1),
-                    )
+                where = arch, dtype, dim
+                yield _variant("fwd", *where, tiles.fwd, Q_TILE, tiles.fwd.block, group)
+                yield _variant("fused", *where, tiles.fused, tiles.fused.block, K_TILE, group)
+                yield _variant("dkdv", *where, tiles.dkdv, tiles.dkdv.block, K_TILE, group)
+                yield _variant("dq", *where, tiles.dq, Q_TILE, tiles.dq.block, group)
+                yield _variant("delta", *where, elementwise, ROWS, 0, group)
+                yield _variant("dq_cast", *where, elementwise, ROWS, 0, group)
