@@ -105,7 +105,7 @@ class _Job:
         if self.group is None:
             return stats_4C[None]
         stats_R4C = stats_4C.new_empty(self.group.size(), *stats_4C.shape)
-        dist.all_gather_into_tensor(stats_R4C, stats_4C, group=self.group)
+        dist.all_gather(list(stats_R4C), stats_4C, group=self.group)
         return stats_R4C
 
 
