@@ -77,10 +77,10 @@ class ModelConfig:
     models."""
     dtype: Literal["fp64", "fp32", "bf16"] = "fp32"
     """Compute and weight type. With bf16 the optimizer keeps fp32 master weights. fp64 is for proofs on CPU:
-    rounding is too small to grow into a difference between layouts, however long the run."""
-    attention_backend: Literal["auto", "reference", "sdpa"] = "auto"
-    """Attention: "reference" is written out in fp32, "sdpa" is torch's; "auto" takes the faster (see
-    `phi4r doctor`)."""
+    it leaves a chaotic run nine more digits before rounding shows."""
+    attention_backend: Literal["auto", "reference", "sdpa", "triton"] = "auto"
+    """Attention: "reference" is written out in fp32, "sdpa" is torch's, "triton" our kernels; "auto" takes the
+    fastest that runs here (see `phi4r doctor`)."""
 
     def __post_init__(self) -> None:
         names = ", ".join(PRESETS)
