@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import MethodType
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from phi4r.configs.sections import ModelConfig
 from phi4r.errors import UserError
@@ -99,7 +100,8 @@ def load_checkpoint(
             # megatron-core's plain optimizers leave a step of 0 out when they save
             plain = loaded["optimizer"].get("optimizer", loaded["optimizer"])
             plain["state"].setdefault("common_step", torch.tensor(0.0))
-        optimizer.load_state_dict(loaded["optimizer"])
+        with _states_as_wide_as(chunks):
+            optimizer.load_state_dict(loaded["optimizer"])
         if "unshare_steps" not in leave_out:
             unshare_steps(optimizer)
     dist.barrier()
@@ -197,9 +199,28 @@ def sharded_state(chunks: Sequence[nn.Module], optimizer: Any | None, *, is_load
     }
     if optimizer is None:
         return model
-    return model | {
-        "optimizer": optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
-    }
+    with _states_as_wide_as(chunks):
+        state = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+    return model | {"optimizer": state}
+
+
+class _DoubleStates(TorchFunctionMode):
+    """Optimizer states that are made as fp32 become fp64."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.zeros, torch.empty) and kwargs.get("dtype") is torch.float32:
+            kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)
+
+
+def _states_as_wide_as(chunks: Sequence[nn.Module]) -> AbstractContextManager[Any]:
+    """megatron-core's distributed optimizer gathers and fills its states in fp32, which would round those of
+    an fp64 model, and with them its weights."""
+    is_double = any(p.dtype == torch.float64 for chunk in chunks for p in chunk.parameters())
+    return _DoubleStates() if is_double else nullcontext()
 
 
 # --- the three work-rounds (see WORK_ROUNDS)
