@@ -60,7 +60,12 @@ requeue() {
   note "requeued" "goes on from step $(progress)${1:+, without $1}"
   trap '' TERM
   scontrol requeue "$SLURM_JOB_ID" || { note "failed" "scontrol requeue was refused: does the site forbid it?"; exit 1; }
-  [[ -z ${1:-} ]] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$1"
+  if [[ -n ${1:-} ]]; then # possible now that the job waits; nodes that were left out before stay out
+    local excluded
+    excluded=$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\) .*/\1/p')
+    [[ $excluded == "(null)" ]] && excluded=
+    scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${excluded:+$excluded,}$1"
+  fi
   sleep 300 # SLURM ends this script before
   exit 1
 }

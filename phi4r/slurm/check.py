@@ -138,7 +138,8 @@ def main(folder: Path) -> int:
         names = ", ".join(f"{name} {version}" for name, version in mine["versions"].items())
         print(f"{num_nodes} nodes are fit: {names}; {free:.1f} GiB free", flush=True)
         return 0
-    if bad and not general and len(bad) < num_nodes:
+    # All nodes of several being bad is no accident: other nodes would be as bad.
+    if bad and not general and (len(bad) < num_nodes or num_nodes == 1):
         atomic_write_text(folder / "bad_nodes", ",".join(bad))
     atomic_write_text(folder / "check_failed", "")
     return 1

@@ -27,7 +27,7 @@ FINAL = frozenset(
 )
 START_S = 60.0
 STOP_S = 20.0
-COMMAND_S = 60.0
+COMMAND_S = 300.0
 PATH = os.environ["PATH"] + ":/usr/sbin"
 
 CONFIGURATION = """\
