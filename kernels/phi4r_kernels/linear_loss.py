@@ -291,12 +291,13 @@ class _LinearLoss(torch.autograd.Function):
 # --- public
 
 
-def _backend(name: Elementwise, device: torch.device) -> ModuleType:
+def _backend(name: Elementwise, hidden_TD: Tensor) -> ModuleType:
     """The module with the elementwise steps."""
     if name not in ("auto", "triton", "torch"):
         raise ValueError(f"elementwise must be 'auto', 'triton' or 'torch', found {name!r}")
     if name == "auto":
-        name = "triton" if device.type == "cuda" and importlib.util.find_spec("triton") else "torch"
+        takes = hidden_TD.is_cuda and hidden_TD.dtype != torch.float64
+        name = "triton" if takes and importlib.util.find_spec("triton") else "torch"
     return importlib.import_module(f"phi4r_kernels.linear_loss_{name}")
 
 
@@ -374,7 +375,7 @@ def _job(
         logits_dtype=logits_dtype or wide,
         group=group if group is not None and group.size() > 1 else None,
         sequence_group=sequence_group,
-        elementwise=_backend(elementwise, hidden_TD.device),
+        elementwise=_backend(elementwise, hidden_TD),
         **options,
     )
 
@@ -414,7 +415,7 @@ def linear_loss(
     same sequences.
 
     logits_dtype: fp32 unless said (bf16 makes ratios noisy by 3-6%). elementwise: "triton" runs on CUDA, or
-    on CPU with TRITON_INTERPRET=1 set before the first use; "auto" is "triton" on CUDA, else "torch".
+    on CPU with TRITON_INTERPRET=1 set before the first use; "auto" is "triton" on CUDA (but for fp64), else "torch".
 
     Gradients are worked out here, for what requires one, and held until backward, which may run once:
     grad_hidden, this rank's part of a sum over `group`, and grad_weight, added up in fp32. Without gradients
