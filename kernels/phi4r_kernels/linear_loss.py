@@ -415,7 +415,8 @@ def linear_loss(
     same sequences.
 
     logits_dtype: fp32 unless said (bf16 makes ratios noisy by 3-6%). elementwise: "triton" runs on CUDA, or
-    on CPU with TRITON_INTERPRET=1 set before the first use; "auto" is "triton" on CUDA (but for fp64), else "torch".
+    on CPU with TRITON_INTERPRET=1 set before the first use; "auto" is "triton" on CUDA (but for fp64), else
+    "torch".
 
     Gradients are worked out here, for what requires one, and held until backward, which may run once:
     grad_hidden, this rank's part of a sum over `group`, and grad_weight, added up in fp32. Without gradients
