@@ -2,12 +2,11 @@
 
     python -m benchmarks.compile_check [--arch 90 100 80] [--write] [--workers 2] [--only TEXT]
 
-For each variant: registers, spills, shared memory, MMA and TMA instructions. `phi4r_kernels.aot.problems` says
-what is an error: spills, more shared memory or registers than the device has, a dot without MMA, on Hopper
-without wgmma, serialized wgmma. A variant that needs over an eighth more registers than its last row in
-results/compile_check.csv is a warning. Exits 1 on an error. Compiled
-kernels are remembered by their source in --cache, so a second run takes seconds. --write appends a row per
-variant, only where there is no error.
+For each variant: registers, spills, shared memory, MMA and TMA instructions. `phi4r_kernels.aot.problems`
+says what is an error: spills, more shared memory or registers than the device has, a dot without MMA, on
+Hopper without wgmma, serialized wgmma. A variant that needs over an eighth more registers than its last row
+in results/compile_check.csv is a warning. Exits 1 on an error. What compiled is remembered by its source in
+--cache, so that a second run takes seconds. --write appends a row per variant, only where there is no error.
 
 Columns: date (UTC), commit, dirty, cpu, triton, arch (compute capability), variant, registers (per thread at
 entry), num_warps, spill_bytes, shared_bytes, scratch_bytes (global memory per program), mma (mma.sync),
