@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from phi4r_kernels.linear_loss import LinearLossResult, linear_logprobs, linear_loss
 from torch import Tensor
 
 from phi4r.configs.sections import ModelConfig, ParallelConfig
@@ -29,7 +30,6 @@ from phi4r.errors import UserError
 from phi4r.model.attention import CoreAttention
 from phi4r.model.backends import select_backend
 from phi4r.model.packed import HeadRequest, PackedContext
-from phi4r.parallel.logprobs import VocabShard, linear_logprobs
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -50,12 +50,14 @@ class RMSNorm(torch.nn.Module):
 
 
 class LogprobHead(ColumnParallelLinear):
-    """The output layer, vocabulary-parallel: gives log-probs and entropy of labels, never [tokens,
-    vocabulary] logits."""
+    """The output layer, vocabulary-parallel: gives a loss, or log-probs and entropies of labels, and never
+    holds [tokens, vocabulary] logits."""
 
-    def forward(self, hidden: Tensor, request: HeadRequest, gather_sequence: bool) -> Tensor:  # type: ignore[override]
-        """hidden [T local / tp if SP, 1, D] -> [2, T local] (log-prob, entropy), or logits [B, vocabulary]
-        fp32."""
+    def forward(  # type: ignore[override]
+        self, hidden: Tensor, request: HeadRequest, gather_sequence: bool
+    ) -> Tensor | LinearLossResult:
+        """hidden [T local / tp if SP, 1, D] -> the loss of `request.loss`; without one, [2, T local]
+        (log-prob, entropy), or logits [B, vocabulary] fp32."""
         if gather_sequence:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
         else:
@@ -64,24 +66,23 @@ class LogprobHead(ColumnParallelLinear):
         if request.logits_at is not None:
             return self._gathered_logits(hidden_TD[request.logits_at])
         assert request.labels_T is not None
-        size = self.weight.size(0)
-        shard = VocabShard(self.tp_group.rank() * size, size, self.tp_group)
-        select = request.select_T
-        logprobs, entropy = linear_logprobs(
-            hidden_TD if select is None else hidden_TD[select],
-            self.weight,
-            request.labels_T if select is None else request.labels_T[select],
-            shard=shard,
+        options: dict[str, Any] = dict(
+            vocab_start=self.tp_group.rank() * self.weight.size(0),
+            group=self.tp_group,
             temperature=request.temperature,
             chunk_size=request.chunk_size,
             with_entropy=request.with_entropy,
+            elementwise=request.elementwise,
         )
-        values = torch.stack([logprobs, entropy])
-        if select is None:
-            return values
-        full = values.new_zeros(2, hidden_TD.size(0))
-        full[:, select] = values
-        return full
+        if request.loss is None:
+            values = linear_logprobs(
+                hidden_TD, self.weight, request.labels_T, select_T=request.select_T, **options
+            )
+            return torch.stack(values)
+        options |= request.terms
+        if mpu.get_context_parallel_world_size() > 1:
+            options["sequence_group"] = mpu.get_context_parallel_group()
+        return linear_loss(hidden_TD, self.weight, request.labels_T, spec=request.loss, **options)
 
     def _gathered_logits(self, hidden_BD: Tensor) -> Tensor:
         logits_BV = hidden_BD.float() @ self.weight.float().T

@@ -29,8 +29,8 @@ class HeadRequest:
     labels_T: int64 [T] targets (local tokens); temperature: divides the logits; chunk_size: tokens whose
     logits exist at once; with_entropy: also entropy; elementwise: which kernels, as `linear_loss` takes it.
 
-    loss: what to minimise, with terms, the per-token arguments of `linear_loss` by name (weights_T, ...); None
-    for log-probs without gradients, of the tokens select_T (bool [T]; None: all, others give zeros).
+    loss: what to minimise, with terms, the per-token arguments of `linear_loss` by name (weights_T, ...);
+    None for log-probs without gradients, of the tokens select_T (bool [T]; None: all, others give zeros).
     logits_at: int64 [B] or None; when set, full-vocabulary logits [B, vocabulary] of these tokens are
     returned instead.
     """

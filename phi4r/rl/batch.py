@@ -15,13 +15,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-import torch
+from phi4r_kernels.linear_loss import LinearLossResult, LossSpec
 from torch import Tensor
 
 from phi4r.data.packing import Document
 from phi4r.rl.objective import Normalization, ObjectiveSettings, normalization_weights, token_loss
 from phi4r.rl.types import Sample
-from phi4r.train.engine import TokenLoss
+from phi4r.train.engine import RowTensors, TokenLoss
 
 
 def response_documents(
@@ -67,6 +67,22 @@ def with_extra(
     ]
 
 
+def loss_spec(settings: ObjectiveSettings) -> LossSpec:
+    """The objective as the head takes it; normalisation is in the rows' weights."""
+    return LossSpec(
+        kind="policy",
+        clip_low=settings.clip_low,
+        clip_high=settings.clip_high,
+        dual_clip=settings.dual_clip,
+        kl_coef=settings.kl_coef,
+        kl_reference=settings.kl_reference,
+        kl_estimator=settings.kl_estimator,
+        entropy_coef=settings.entropy_coef,
+        importance_cap=settings.importance_cap,
+        ratio=settings.ratio,
+    )
+
+
 def grpo_loss(settings: ObjectiveSettings, *, on_policy: bool) -> TokenLoss:
     """The objective of `rl.objective` over a row that carries the extras above.
 
@@ -75,21 +91,27 @@ def grpo_loss(settings: ObjectiveSettings, *, on_policy: bool) -> TokenLoss:
     `max_logprob_gap`.
     """
 
-    def loss(
-        logprobs_T: Tensor, entropy_T: Tensor, row: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        total, sums = token_loss(
-            logprobs_T,
-            entropy_T,
+    def terms(row: RowTensors) -> dict[str, Tensor]:
+        found = {f"{name}_T": row[name] for name in ("weights", "advantages", "rollout_logprobs")}
+        if "ref_logprobs" in row:
+            found["ref_logprobs_T"] = row["ref_logprobs"]
+        if not on_policy:
+            found["old_logprobs_T"] = row["old_logprobs"]
+        return found
+
+    def report(result: LinearLossResult, row: RowTensors) -> tuple[Tensor, dict[str, Tensor]]:
+        _, sums = token_loss(
+            result.logprobs_T,
+            result.entropy_T,
             None if on_policy else row["old_logprobs"],
             row.get("ref_logprobs"),
             row["advantages"],
             row["weights"],
             settings,
+            rollout_logprobs_T=row["rollout_logprobs"],
+            sequence_log_ratio_T=result.log_ratio_T,
         )
-        with torch.no_grad():
-            gap_T = (logprobs_T - row["rollout_logprobs"]).abs() * (row["weights"] != 0)
-        reports = {**sums, "logprob_gap": gap_T.sum(), "max_logprob_gap": gap_T.max()}
-        return total, row["counts"].sum(), reports
+        gap_T = (result.logprobs_T - row["rollout_logprobs"]).abs() * (row["weights"] != 0)
+        return row["counts"].sum(), {**sums, "logprob_gap": gap_T.sum(), "max_logprob_gap": gap_T.max()}
 
-    return loss
+    return TokenLoss(loss_spec(settings), terms, report)

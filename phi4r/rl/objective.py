@@ -10,8 +10,12 @@ Here, per token, with separate clips and the dual clip c for negative advantages
 
     s_t = min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t)
     s_t = max(s_t, c A_t)                  where A_t < 0 and c > 1: bounds the loss when r_t is large
-    l_t = -s_t + beta KL_t - gamma H_t
+    l_t = -i_t s_t + beta KL_t - gamma H_t
     loss = sum_t w_t l_t / count           w_t and count from `normalization_weights`, count a whole number
+
+r_t is the token's ratio, or (GSPO) one for all tokens of a response, exp of the mean of log pi - log pi_old.
+i_t is 1, or min(pi_old / pi_rollout, importance_cap) where the sampler computes other log-probs than the
+trainer.
 
 Both sums are reduced over ranks before the division, so the loss never depends on how tokens were cut into
 microbatches.
@@ -42,6 +46,7 @@ from torch import Tensor
 Normalization = Literal["token", "sequence", "constant"]
 KLReference = Literal["old", "ref"]
 KLEstimator = Literal["k1", "k2", "k3"]
+RatioOf = Literal["token", "sequence"]
 
 # exp of anything larger says nothing more, and would give NaN gradients where a clip should give zero.
 MAX_LOG_RATIO = 20.0
@@ -81,6 +86,14 @@ class ObjectiveSettings(Protocol):
     @property
     def entropy_coef(self) -> float:
         """gamma."""
+
+    @property
+    def ratio(self) -> RatioOf:
+        """Whose ratio is clipped."""
+
+    @property
+    def importance_cap(self) -> float:
+        """Bound on pi_old / pi_rollout, or 0 for no such weights."""
 
 
 def normalization_weights(
@@ -164,6 +177,9 @@ def token_loss(
     advantages_T: Tensor,
     weights_T: Tensor,
     settings: ObjectiveSettings,
+    *,
+    rollout_logprobs_T: Tensor | None = None,
+    sequence_log_ratio_T: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(sum_t w_t l_t, sums for the metrics) over the packed tokens of one microbatch.
 
@@ -172,7 +188,8 @@ def token_loss(
     (strictly on-policy: the ratio is 1 with the gradient of the log-prob). `ref_logprobs_T`: the frozen
     reference, needed when `kl_reference` is "ref" and `kl_coef` is not 0 (ValueError), otherwise only
     logged. `weights_T`: w_t of `normalization_weights`, 0 for tokens that are not part of a response, whose
-    other values may be anything, NaN included.
+    other values may be anything, NaN included. `rollout_logprobs_T`: the sampler's own, for `importance_cap`.
+    `sequence_log_ratio_T`: log r_t where the ratio is of sequences, which these tokens alone may not tell.
 
     Metrics, detached scalars that may be summed over microbatches and ranks:
       divided by the normalization count: `loss`, `policy_loss`, `kl_loss`, `entropy_loss` (each as it
@@ -183,11 +200,18 @@ def token_loss(
         raise ValueError(f"kl_reference must be 'old' or 'ref', found {settings.kl_reference!r}")
     if settings.kl_reference == "ref" and settings.kl_coef and ref_logprobs_T is None:
         raise ValueError("kl_reference = 'ref' with kl_coef > 0 needs the reference policy's log-probs")
+    if settings.ratio == "sequence" and sequence_log_ratio_T is None:
+        raise ValueError("ratio = 'sequence' needs the log ratios of the sequences")
+    if settings.importance_cap and rollout_logprobs_T is None:
+        raise ValueError("importance_cap > 0 needs the sampler's log-probs")
     active_T = weights_T != 0
     zeros_T = torch.zeros_like(policy_logprobs_T)
     old_T = policy_logprobs_T.detach() if old_logprobs_T is None else old_logprobs_T
     log_ratio_T = _log_ratio(policy_logprobs_T, old_T, active_T)
     ratio_T = log_ratio_T.exp()
+    if settings.ratio == "sequence":
+        assert sequence_log_ratio_T is not None
+        ratio_T = torch.where(active_T, sequence_log_ratio_T, zeros_T).exp()
     surrogate = _clipped_surrogate(ratio_T, torch.where(active_T, advantages_T, zeros_T), settings)
     entropy_T = torch.where(active_T, entropy_T, zeros_T)
 
@@ -195,6 +219,10 @@ def token_loss(
         None if ref_logprobs_T is None else _log_ratio(policy_logprobs_T, ref_logprobs_T, active_T)
     )
     policy_loss_T = -surrogate.value
+    if settings.importance_cap:
+        assert rollout_logprobs_T is not None
+        importance_T = _log_ratio(old_T, rollout_logprobs_T, active_T).exp()
+        policy_loss_T = importance_T.clamp(max=settings.importance_cap) * policy_loss_T
     loss_T = policy_loss_T
     kl_loss_T = entropy_loss_T = zeros_T
     if settings.kl_coef:
@@ -247,6 +275,7 @@ class Objective:
         ref_logprobs_T: Tensor | None,
         advantages_T: Tensor,
         weights_T: Tensor,
+        **more: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`token_loss` with these settings."""
         return token_loss(
@@ -257,6 +286,7 @@ class Objective:
             advantages_T,
             weights_T,
             self.settings,
+            **more,
         )
 
     def formula(self) -> str:
@@ -268,12 +298,18 @@ def formula(settings: ObjectiveSettings) -> str:
     """The loss in plain text, with the numbers of `settings`, for `--explain` and reports."""
     low, high = 1.0 - settings.clip_low, 1.0 + settings.clip_high
     terms = "-s_t"
+    one = "r_t = pi(o_t) / pi_old(o_t)"
     lines = [
-        "r_t = pi(o_t) / pi_old(o_t)",
+        one
+        if settings.ratio == "token"
+        else "r_t = exp(mean over the response of log pi(o) - log pi_old(o))",
         f"s_t = min(r_t A_t, clip(r_t, {low:g}, {high:g}) A_t)",
     ]
     if settings.dual_clip:
         lines.append(f"s_t = max(s_t, {settings.dual_clip:g} A_t) where A_t < 0")
+    if settings.importance_cap:
+        terms = "-i_t s_t"
+        lines.append(f"i_t = min(pi_old(o_t) / pi_rollout(o_t), {settings.importance_cap:g})")
     if settings.kl_coef:
         terms += f" + {settings.kl_coef:g} KL_t"
         estimate = {"k1": "d_t", "k2": "d_t^2 / 2", "k3": "exp(-d_t) - 1 + d_t"}[settings.kl_estimator]

@@ -25,6 +25,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from phi4r_kernels.linear_loss import LinearLossResult, LossSpec
 from torch import Tensor
 
 from phi4r.configs.sections import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
@@ -35,10 +36,23 @@ from phi4r.parallel import zigzag
 from phi4r.parallel.attempt import beat
 from phi4r.parallel.layout import Layout
 
-TokenLoss = Callable[[Tensor, Tensor, dict[str, Tensor]], tuple[Tensor, Tensor, dict[str, Tensor]]]
-"""(logprobs_T, entropy_T, row tensors) -> (loss sum, integer count, values to report: sums, or maxima of
-non-negative values under names that begin with "max_"). Row tensors: `loss_mask` and the row's extras, each
-[T local] fp32."""
+RowTensors = dict[str, Tensor]
+"""`loss_mask` and the extras of a row, each [T local] fp32."""
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """The loss of a row: what the head minimises, and what is counted and reported beside it.
+
+    spec: the loss of a token. terms: row tensors -> the per-token arguments of `linear_loss` by name,
+    weights_T among them; sequences_T is added where the ratio is of sequences, documents being the sequences.
+    report: (the head's result, row tensors) -> (integer count, values: sums, or maxima of non-negative values
+    under names that begin with "max_"); without gradients.
+    """
+
+    spec: LossSpec
+    terms: Callable[[RowTensors], dict[str, Tensor]]
+    report: Callable[[LinearLossResult, RowTensors], tuple[Tensor, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -53,13 +67,12 @@ class StepResult:
     sums: dict[str, float]
 
 
-def sft_loss(
-    logprobs_T: Tensor, entropy_T: Tensor, row: dict[str, Tensor]
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Cross-entropy: minus the sum of the targets' log-probs, and the number of targets."""
-    mask_T = row["loss_mask"]
-    loss = -(logprobs_T * mask_T).sum()
-    return loss, mask_T.sum(), {"loss": loss.detach()}
+def _sft_report(result: LinearLossResult, row: RowTensors) -> tuple[Tensor, dict[str, Tensor]]:
+    return row["loss_mask"].sum(), {"loss": result.loss.detach()}
+
+
+sft_loss = TokenLoss(LossSpec(), lambda row: {"weights_T": row["loss_mask"]}, _sft_report)
+"""Cross-entropy: minus the sum of the targets' log-probs, and the number of targets."""
 
 
 class Engine:
@@ -217,7 +230,7 @@ class Engine:
         if self.layout.reports:
             index = zigzag.local_index(length, self.layout.cp, self.layout.cp_rank).to(out.device)
             for i, values_2T in zip(mine, outputs, strict=True):
-                out[:, i, index] = values_2T.float()
+                out[:, i, index] = values_2T.to(out.dtype)
         if self.layout.world_size > 1:
             dist.all_reduce(out)  # every entry is non-zero on one rank only, so the sum is exact
         return out[:, : len(rows)].cpu().numpy()
@@ -249,17 +262,29 @@ class Engine:
         )
 
     def _context(
-        self, row: PackedRow, temperature: float, with_entropy: bool, masked: bool = True
+        self,
+        row: PackedRow,
+        temperature: float,
+        with_entropy: bool,
+        masked: bool = True,
+        loss: TokenLoss | None = None,
     ) -> tuple[PackedContext, Tensor]:
         beat()
         ids, labels, positions, tensors = self._tensors(row)
         cu_seqlens = torch.from_numpy(row.cu_seqlens).to(self.layout.device)
+        terms = {} if loss is None else loss.terms(tensors)
+        if loss is not None and loss.spec.ratio == "sequence":
+            index = zigzag.local_index(len(row.input_ids), self.layout.cp, self.layout.cp_rank)
+            terms["sequences_T"] = torch.searchsorted(cu_seqlens[1:], index.to(cu_seqlens), right=True)
         head = HeadRequest(
             labels_T=labels,
             select_T=tensors["loss_mask"] > 0 if masked else None,
             temperature=temperature,
             chunk_size=self.train.logit_chunk_size,
             with_entropy=with_entropy,
+            elementwise=self.train.head_backend,
+            loss=None if loss is None else loss.spec,
+            terms=terms,
         )
         context = PackedContext(
             qkv_format="thd",
@@ -289,11 +314,12 @@ class Engine:
         padded, mine = self._share(rows)
 
         def forward_step(batches: Iterator[PackedRow], model: Any) -> tuple[Tensor, Any]:
-            context, ids = self._context(next(batches), temperature, with_entropy)
+            context, ids = self._context(next(batches), temperature, with_entropy, loss=loss)
 
-            def loss_func(values_2T: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-                total, count, sums = loss(values_2T[0], values_2T[1], context.tensors)
-                return total, count.int(), {**sums, "_loss": total.detach(), "_count": count}
+            def loss_func(result: LinearLossResult) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+                with torch.no_grad():
+                    count, sums = loss.report(result, context.tensors)
+                return result.loss, count.int(), {**sums, "_loss": result.loss.detach(), "_count": count}
 
             return model(ids, context), loss_func
 

@@ -78,6 +78,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp4": {"pp": 4},
 }
 GRPO_LAYOUTS = ("tp1", "tp2", "tp2sp", "pp2", "pp2vpp2", "cp2", "dp2distopt", "tp2pp2", "tp2cp2")
+GSPO_LAYOUTS = ("tp1", "tp2", "cp2", "tp2cp2")
 
 
 def cases() -> list[Case]:
@@ -89,6 +90,7 @@ def cases() -> list[Case]:
         if layout not in ("pp4",)
     ]
     matrix += [Case(layout, LAYOUTS[layout], loss="grpo") for layout in GRPO_LAYOUTS]
+    matrix += [Case(layout, LAYOUTS[layout], loss="gspo") for layout in GSPO_LAYOUTS]
     matrix += [Case(layout, LAYOUTS[layout], dtype="bf16") for layout in ("tp1", "dp2distopt", "pp2")]
     matrix += [
         Case(layout, LAYOUTS[layout], recompute=r)
@@ -133,12 +135,13 @@ def rows(packed: bool, step: int) -> list[PackedRow]:
         documents = trial
 
 
-def averaged_per_microbatch(
-    logprobs_T: Tensor, entropy_T: Tensor, row: dict[str, Tensor]
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def averaged_per_microbatch() -> TokenLoss:
     """The classic bug: a mean per microbatch, then a mean of means."""
-    loss, count, sums = sft_loss(logprobs_T, entropy_T, row)
-    return loss / count.clamp(min=1), torch.ones_like(count), sums
+    return TokenLoss(
+        sft_loss.spec,
+        lambda row: {"weights_T": row["loss_mask"] / row["loss_mask"].sum().clamp(min=1)},
+        lambda result, row: (torch.ones_like(row["loss_mask"].sum()), {"loss": result.loss.detach()}),
+    )
 
 
 class LosesDocuments(Engine):
@@ -165,15 +168,18 @@ def train(case: Case) -> dict[str, list[float]]:
     load_weights(engine.models, model, random_weights(model, 7), layout.tp_rank, layout.tp)
     engine.sync_optimizer()
     loss: TokenLoss = sft_loss
-    if case.loss == "grpo":
-        objective = ObjectiveConfig(kl_reference="ref", kl_coef=0.1, entropy_coef=0.05, dual_clip=3.0)
+    if case.loss in ("grpo", "gspo"):
+        objective = ObjectiveConfig(
+            kl_reference="ref", kl_coef=0.1, entropy_coef=0.05, dual_clip=3.0, importance_cap=2.0,
+            ratio="token" if case.loss == "grpo" else "sequence",
+        )  # fmt: skip
         loss = grpo_loss(objective, on_policy=False)
     elif case.bug == "loss_averaged_per_microbatch":
-        loss = averaged_per_microbatch
+        loss = averaged_per_microbatch()
     losses, norms = [], []
     for step in range(STEPS):
         result = engine.train_step(
-            rows(case.packed, step), loss, OPTIMIZER.lr, with_entropy=case.loss == "grpo"
+            rows(case.packed, step), loss, OPTIMIZER.lr, with_entropy=case.loss != "sft"
         )
         losses.append(result.loss)
         norms.append(result.grad_norm)

@@ -152,12 +152,18 @@ def reference(
         policy_L = logprobs_LV.gather(1, ids[prompt:, None])[:, 0]
         entropy_L = -(logprobs_LV.exp() * logprobs_LV).sum(-1)
         old_L = policy_L.detach() if old is None else torch.from_numpy(old[index]).double()
-        ratio_L = (policy_L - old_L).exp()
+        log_ratio_L = policy_L - old_L
+        if objective.ratio == "sequence":
+            log_ratio_L = log_ratio_L.mean().expand(length)
+        ratio_L = log_ratio_L.exp()
         surrogate_L = torch.minimum(
             ratio_L * advantage, ratio_L.clamp(1 - objective.clip_low, 1 + objective.clip_high) * advantage
         )
         if advantage < 0 and objective.dual_clip:
             surrogate_L = surrogate_L.clamp(min=objective.dual_clip * advantage)
+        if objective.importance_cap:
+            gap_L = old_L.detach() - torch.from_numpy(sample.logprobs).double()
+            surrogate_L = surrogate_L * gap_L.exp().clamp(max=objective.importance_cap)
         other_L = old_L if objective.kl_reference == "old" else torch.from_numpy(ref[index]).double()
         kl_L = (other_L - policy_L).exp() - 1 - (other_L - policy_L)
         loss_L = -surrogate_L + objective.kl_coef * kl_L - objective.entropy_coef * entropy_L
@@ -218,14 +224,21 @@ def step(
 
 
 @pytest.mark.parametrize("on_policy", [True, False], ids=["on_policy", "off_policy"])
-@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize(
+    ("normalization", "ratio", "importance_cap"),
+    [
+        *((each, "token", 0.0) for each in NORMALIZATIONS),
+        ("sequence", "sequence", 0.0),
+        ("token", "token", 1.5),
+    ],
+)
 def test_loss_and_every_gradient_equal_autograd_on_unpacked_sequences(
-    normalization: Normalization, on_policy: bool
+    normalization: Normalization, ratio: Any, importance_cap: float, on_policy: bool
 ) -> None:
     temperature = 0.8
     objective = ObjectiveConfig(
         normalization=normalization, clip_low=0.2, clip_high=0.28, dual_clip=1.5, kl_coef=0.3,
-        kl_reference="ref", entropy_coef=0.1,
+        kl_reference="ref", entropy_coef=0.1, ratio=ratio, importance_cap=importance_cap,
     )  # fmt: skip
     engine = make_engine()
     policy = policy_logprobs(engine, temperature)
@@ -243,7 +256,7 @@ def test_loss_and_every_gradient_equal_autograd_on_unpacked_sequences(
         expected = double[name].grad
         assert expected is not None
         assert (gradient - expected).abs().max() <= 5e-5 * expected.abs().max(), name
-    if not on_policy:
+    if not on_policy and ratio == "token":
         assert all(result.sums[bound] > 0 for bound in ("clipped_low", "clipped_high", "dual_clipped"))
 
 

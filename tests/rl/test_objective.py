@@ -259,6 +259,42 @@ def test_ratios_beyond_any_float_give_no_nan() -> None:
     assert torch.isfinite(torch.autograd.grad(loss, policy_T)[0]).all()
 
 
+def test_importance_weights_are_truncated_and_only_scale_the_surrogate() -> None:
+    logits_TV, targets_T, old_T, ref_T = batch()
+    config = replace(OPTIONS[-1], importance_cap=1.5)
+    policy_T = logits_TV.detach().log_softmax(-1).gather(1, targets_T[:, None])[:, 0]
+    ones_T, advantages_T = torch.ones_like(old_T), torch.from_numpy(np.repeat(ADVANTAGES, LENGTHS))
+    gap_T = torch.linspace(-1, 1, len(old_T), dtype=torch.float64)
+    arguments = (policy_T, ones_T, old_T, ref_T, advantages_T, ones_T)
+    _, with_weights = token_loss(*arguments, config, rollout_logprobs_T=old_T - gap_T)
+    scaled = list(arguments)
+    scaled[4] = advantages_T * gap_T.exp().clamp(max=1.5)
+    _, by_hand = token_loss(*scaled, replace(config, importance_cap=0.0))
+    assert_equal_to_rounding(with_weights["policy_loss"], by_hand["policy_loss"])
+    assert with_weights["kl_loss"] == by_hand["kl_loss"]
+    assert with_weights["entropy_loss"] == by_hand["entropy_loss"]
+    with pytest.raises(ValueError, match="importance_cap"):
+        token_loss(*arguments, config)
+
+
+def test_a_sequences_ratio_takes_the_place_of_its_tokens_in_the_surrogate_alone() -> None:
+    logits_TV, targets_T, old_T, ref_T = batch()
+    config = replace(OPTIONS[-1], ratio="sequence")
+    policy_T = logits_TV.detach().log_softmax(-1).gather(1, targets_T[:, None])[:, 0]
+    ones_T, advantages_T = torch.ones_like(old_T), torch.from_numpy(np.repeat(ADVANTAGES, LENGTHS))
+    parts = (policy_T - old_T).split(LENGTHS)
+    log_ratio_T = torch.cat([part.mean().expand(len(part)) for part in parts])
+    arguments = (policy_T, ones_T, old_T, ref_T, advantages_T, ones_T)
+    _, metrics = token_loss(*arguments, config, sequence_log_ratio_T=log_ratio_T)
+    _, of_tokens = token_loss(*arguments, replace(config, ratio="token"))
+    assert_equal_to_rounding(metrics["ratio"], log_ratio_T.exp().sum())
+    assert metrics["policy_loss"] != of_tokens["policy_loss"]
+    for name in ("kl_loss", "kl_old", "kl_ref", "abs_log_ratio"):
+        assert metrics[name] == of_tokens[name]
+    with pytest.raises(ValueError, match="sequence"):
+        token_loss(*arguments, config)
+
+
 # --- normalisation, settings and text
 
 
@@ -299,6 +335,12 @@ def test_the_formula_says_what_is_on_and_only_that() -> None:
         "H_t = entropy of pi at token t",
         "l_t = -s_t + 0.001 KL_t - 0.001 H_t",
         "loss = 1/n sum_i 1/|o_i| sum_t l_t",
+    ]
+    gspo = replace(PLAIN, ratio="sequence", importance_cap=2.0)
+    assert formula(gspo).splitlines()[0] == "r_t = exp(mean over the response of log pi(o) - log pi_old(o))"
+    assert formula(gspo).splitlines()[2:4] == [
+        "i_t = min(pi_old(o_t) / pi_rollout(o_t), 2)",
+        "l_t = -i_t s_t",
     ]
     plain = Objective(PLAIN)
     assert plain.formula().splitlines()[2:] == ["l_t = -s_t", "loss = sum_i sum_t l_t / sum_i |o_i|"]

@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from phi4r_kernels.linear_loss import LossSpec
 from torch import Tensor
 
 from phi4r.cli import main
@@ -68,42 +70,38 @@ def same_bits(one: list[Tensor], other: list[Tensor]) -> bool:
 # --- gradients that are not finite
 
 
-class _BadGradient(torch.autograd.Function):
-    """The identity, with a gradient of infinity at the first token."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        bad = grads[0].clone()
-        bad[0] = float("inf")
-        return bad
+def bad_loss(spec: LossSpec, **terms: Callable[[Tensor], Tensor]) -> TokenLoss:
+    """A loss whose per-token arguments are functions of the loss mask."""
+    return TokenLoss(
+        spec, lambda row: {name: of(row["loss_mask"]) for name, of in terms.items()}, sft_loss.report
+    )
 
 
-def nan_loss(
-    logprobs_T: Tensor, entropy_T: Tensor, row: dict[str, Tensor]
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    return sft_loss(logprobs_T * float("nan"), entropy_T, row)
+def alternating(mask_T: Tensor) -> Tensor:
+    return torch.where(torch.arange(len(mask_T)) % 2 == 0, 1.0, -1.0)
 
 
-def infinite_loss(
-    logprobs_T: Tensor, entropy_T: Tensor, row: dict[str, Tensor]
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """An infinite value whose gradient is finite."""
-    loss, count, sums = sft_loss(logprobs_T, entropy_T, row)
-    return loss + float("inf"), count, sums
+nan_loss = bad_loss(LossSpec(), weights_T=lambda mask_T: mask_T * float("nan"))
+# Each token's loss is finite and clipped, so that it has no gradient; their sum is beyond fp32.
+infinite_loss = bad_loss(
+    LossSpec(kind="policy", dual_clip=1.5),
+    weights_T=lambda mask_T: mask_T,
+    advantages_T=lambda mask_T: torch.full_like(mask_T, -2e38),
+    old_logprobs_T=lambda mask_T: torch.full_like(mask_T, -100.0),
+)
+# The advantages nearly cancel in the loss; in the gradient's norm their squares are beyond fp32.
+infinite_gradient = bad_loss(
+    LossSpec(kind="policy"),
+    weights_T=lambda mask_T: mask_T,
+    advantages_T=lambda mask_T: 1e36 * alternating(mask_T),
+)
 
 
-def infinite_gradient(
-    logprobs_T: Tensor, entropy_T: Tensor, row: dict[str, Tensor]
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """A finite value whose gradient is not."""
-    return sft_loss(_BadGradient.apply(logprobs_T), entropy_T, row)
-
-
-@pytest.mark.parametrize("bad", [nan_loss, infinite_loss, infinite_gradient])
+@pytest.mark.parametrize(
+    "bad",
+    [nan_loss, infinite_loss, infinite_gradient],
+    ids=["nan_loss", "infinite_loss", "infinite_gradient"],
+)
 def test_a_step_that_is_not_finite_leaves_no_trace(bad: TokenLoss) -> None:
     engine, untouched = make_engine(), make_engine()
     for step in range(2):
