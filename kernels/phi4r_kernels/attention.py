@@ -26,8 +26,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from phi4r_kernels import attention_hopper, interpreter
 from phi4r_kernels import attention_kernels as kernels
-from phi4r_kernels import interpreter
 from phi4r_kernels.attention_plan import K_TILE, Q_TILE, AttentionPlan
 from phi4r_kernels.attention_tiles import HEAD_DIMS, ROWS, Launch, Tiles, tiles_for
 
@@ -39,6 +39,8 @@ L2_BYTES = 32 * 2**20
 
 if INTERPRETED:
     interpreter.install()
+
+PATHS = ("auto", "triton", "hopper")
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -70,6 +72,12 @@ def _section(num_kv_heads: int, bytes_per_head: int) -> int:
     return max(d for d in range(1, num_kv_heads + 1) if num_kv_heads % d == 0 and d <= fitting)
 
 
+def _query_section(q: Tensor, k: Tensor) -> int:
+    """How many query heads to work on at a time."""
+    group = q.size(1) // k.size(1)
+    return group * _section(k.size(1), 2 * k.size(0) * q.size(2) * k.element_size())
+
+
 def _launch_forward(
     q: Tensor, k: Tensor, v: Tensor, q_tiles: Tensor, scale: float, launch: Launch
 ) -> tuple[Tensor, Tensor]:
@@ -77,10 +85,9 @@ def _launch_forward(
     group = num_heads // num_kv_heads
     out = torch.empty(num_queries, num_heads, dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(num_heads, num_queries, dtype=torch.float32, device=q.device)
-    section = group * _section(num_kv_heads, 2 * k.size(0) * dim * k.element_size())
     kernels._attention_fwd_kernel[(q_tiles.size(0) * num_heads,)](
         _descriptor(q, Q_TILE), _descriptor(k, launch.block), _descriptor(v, launch.block), out, lse, q_tiles,
-        q_tiles.size(0), section, num_queries, num_heads, q.stride(1), k.stride(1), v.stride(1),
+        q_tiles.size(0), _query_section(q, k), num_queries, num_heads, q.stride(1), k.stride(1), v.stride(1),
         scale * math.log2(math.e),
         GROUP=group, H=dim, BM=Q_TILE, BN=launch.block,
         num_warps=launch.num_warps, num_stages=launch.num_stages,
@@ -128,7 +135,7 @@ def _launch_dq(
     (num_queries, num_heads, dim), num_kv_heads = q.shape, k.size(1)
     group = num_heads // num_kv_heads
     dq = torch.empty(num_queries, num_heads, dim, dtype=q.dtype, device=q.device)
-    section = group * _section(num_kv_heads, 2 * k.size(0) * dim * k.element_size())
+    section = _query_section(q, k)
     kernels._attention_dq_kernel[(q_tiles.size(0) * num_heads,)](
         _descriptor(q, Q_TILE), _descriptor(k, launch.block), _descriptor(v, launch.block),
         _descriptor(do, Q_TILE), dq, lse, delta, q_tiles, q_tiles.size(0), section, num_queries, num_heads,
@@ -166,6 +173,11 @@ def _forward_op(
     path: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k, v = _rows(q), _rows(k), _rows(v)
+    if path != "triton" and not (why_not := attention_hopper.reason(q)):
+        section = _query_section(q, k)
+        return attention_hopper.forward(q, k, v, q_tiles, scale, section)
+    if path == "hopper":
+        raise ValueError(f"path 'hopper' asked for, but {why_not}")
     return _launch_forward(q, k, v, q_tiles, scale, tiles_for(q.device, q.size(2)).fwd)
 
 
@@ -234,8 +246,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, p
         )
     if not scale > 0:
         raise ValueError(f"scale must be greater than 0, got {scale}")
-    if path not in ("auto", "triton"):
-        raise ValueError(f"path {path!r}, expected auto or triton")
+    if path not in PATHS:
+        raise ValueError(f"path {path!r}, expected one of {PATHS}")
     if INTERPRETED and q.device.type != "cpu":
         raise ValueError(
             f"tensors on {q.device}, but TRITON_INTERPRET=1 interprets the kernels on CPU tensors"
@@ -263,9 +275,9 @@ def flash_attention(
     strides (layouts a descriptor cannot read are copied). plan: from `make_plan`, for these Tq and Tk and on
     this device. scale: of the scores, 1 / sqrt(H) if None. Differentiable in q, k and v, not through the
     logsumexp. deterministic: gradients equal to the last bit from run to run, for 7 products instead of 5
-    (else only dQ, summed by atomics, may differ). path: "triton" for the portable kernels, "auto" for the
-    fastest that fits. Values must be finite: one document's NaN may reach the next. ValueError on anything
-    else.
+    (else only dQ, summed by atomics, may differ). path: "triton" for the portable kernels, "hopper" for the
+    forward of `attention_hopper` or ValueError, "auto" for the fastest that fits. Values must be finite: one
+    document's NaN may reach the next. ValueError on anything else.
     """
     scale = 1.0 / math.sqrt(q.size(-1)) if scale is None else scale
     _check(q, k, v, plan, scale, path)
