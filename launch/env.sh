@@ -22,7 +22,7 @@ export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
 
 # Restarts in a row that may end without a new checkpoint before a job gives up.
 export PHI4R_MAX_RESTARTS=${PHI4R_MAX_RESTARTS:-3}
-# Seconds that the check of the nodes may take, and that the ranks have to start Python.
+# Seconds that the check of the nodes may take, and that the ranks may take to start and to begin their work.
 export PHI4R_CHECK_S=${PHI4R_CHECK_S:-180}
 export PHI4R_START_S=${PHI4R_START_S:-600}
 # Seconds between looks at the ranks' heartbeats.

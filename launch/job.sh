@@ -36,8 +36,9 @@ progress() {
 
 # RUN/slurm/history.tsv: time, job.restart.attempt, step, how it ended, why. `phi4r status` shows the last line.
 note() {
-  say "$1: $2"
-  printf '%(%FT%T%z)T\t%s\t%s\t%s\t%s\n' -1 "$job_name.$attempt" "$(progress)" "$1" "$2" >>"$RUN/slurm/history.tsv"
+  say "$1: ${2:0:500}"
+  printf '%(%FT%T%z)T\t%s\t%s\t%s\t%s\n' -1 "$job_name.$attempt" "$(progress)" "$1" "${2:0:500}" \
+    >>"$RUN/slurm/history.tsv"
 }
 
 # Counts restarts that end at the step where the one before ended, over requeues too. Fails when they are too many.
@@ -56,7 +57,7 @@ may_restart() {
 requeue() {
   local now
   now=$(state)
-  [[ $now == RUNNING ]] || { note "ended" "not requeued, because the job is ${now:-gone}"; exit 1; }
+  [[ $now == RUNNING ]] || { note "ended by SLURM" "not requeued, because the job is ${now:-gone}"; exit 1; }
   note "requeued" "goes on from step $(progress)${1:+, without $1}"
   trap '' TERM
   scontrol requeue "$SLURM_JOB_ID" || { note "failed" "scontrol requeue was refused: does the site forbid it?"; exit 1; }
@@ -218,13 +219,15 @@ phi4r_job() {
     check_nodes
     say "attempt $attempt: phi4r $* on $SLURM_JOB_NODELIST, $SLURM_NTASKS ranks, from step $(progress); logs in $A"
     run_ranks "$@"
+    # Made anew, it would be an empty run that starts from nothing.
+    [[ -d $A && -d $RUN/slurm ]] || { say "failed: the run folder $RUN is lost"; exit 1; }
     judge
     note "$how" "$why"
     case $how in
       finished) exit 0 ;;
       failed) exit 1 ;;
     esac
-    [[ $(state) == RUNNING ]] || { note "ended" "the job is $(state)"; exit 1; }
+    [[ $(state) == RUNNING ]] || { note "ended by SLURM" "the job is $(state)"; exit 1; }
     may_restart "$why" || exit 1
     [[ $how != stopped && -z $stopping ]] || requeue
   done

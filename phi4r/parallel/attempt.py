@@ -1,7 +1,7 @@
 """What a rank tells the job script that started it (launch/job.sh), by files in $PHI4R_ATTEMPT_DIR.
 
-    heartbeat_00001   "TIMEOUT_S PID STEP_ID NODE"; touched whenever the rank gets on, at most once a second
-    stack_00001       the stacks of all threads, written by faulthandler when no beat came for TIMEOUT_S
+    heartbeat_00001   "LIMIT_S PID STEP_ID NODE"; touched whenever the rank gets on, at most once a second
+    stack_00001       the stacks of all threads, written by faulthandler when no beat came for LIMIT_S
     error_00001       "KIND TIME RANK NODE", a line that says what happened, and the traceback
     stopped           rank 0: a signal came, everything is saved, the same command goes on from there
     finished          rank 0: the command is done
@@ -43,14 +43,25 @@ class _Attempt:
     def __init__(self, folder: Path, rank: int, timeout_s: int) -> None:
         self.folder, self.rank, self.timeout_s = folder, rank, timeout_s
         self.heartbeat = folder / f"heartbeat_{rank:05d}"
-        step_id = os.environ.get("SLURM_STEP_ID", "0")
-        self.heartbeat.write_text(f"{timeout_s} {os.getpid()} {step_id} {_node()}\n", encoding="utf-8")
         self._stack: TextIO = open(folder / f"stack_{rank:05d}", "w", encoding="utf-8")
         self._last = float("-inf")
+        self.limit_s = 0
         self.early_signal = 0
         # A run installs its own handler when it trains; until then, and that takes a while, the signal waits.
         self._handler = signal.signal(signal.SIGUSR2, self._keep_signal)
-        self.beat()
+        # Importing torch on a slow file system is not a hang.
+        start_s = int(os.environ.get("PHI4R_START_S", "600"))
+        self._set_limit(max(start_s, timeout_s) if timeout_s else 0)
+
+    def _set_limit(self, limit_s: int) -> None:
+        self.limit_s = limit_s
+        step_id = os.environ.get("SLURM_STEP_ID", "0")
+        self.heartbeat.write_text(f"{limit_s} {os.getpid()} {step_id} {_node()}\n", encoding="utf-8")
+        self._watch()
+
+    def _watch(self) -> None:
+        if self.limit_s:
+            faulthandler.dump_traceback_later(self.limit_s, file=self._stack)
 
     def _keep_signal(self, number: int, frame: FrameType | None) -> None:
         self.early_signal = number
@@ -59,13 +70,14 @@ class _Attempt:
         now = time.monotonic()
         if now - self._last < BEAT_S:
             return
-        self._last = now
         try:
+            if self._last == float("-inf"):  # the work begins
+                self._set_limit(self.timeout_s)
             os.utime(self.heartbeat)
         except OSError as error:
             raise RuntimeError(f"{self.folder}: the run folder is lost: {error.strerror}") from error
-        if self.timeout_s:
-            faulthandler.dump_traceback_later(self.timeout_s, file=self._stack)
+        self._last = now
+        self._watch()
 
     def close(self) -> None:
         signal.signal(signal.SIGUSR2, self._handler)
@@ -99,7 +111,8 @@ def _node() -> str:
 def attempt(timeout_s: int) -> Iterator[None]:
     """A command as a rank of a job: beats can be sent, and its end is written down.
 
-    timeout_s: seconds without a beat after which the rank counts as hung (0: never).
+    timeout_s: seconds without a beat after which the rank counts as hung (0: never); until the first beat,
+    while it imports and reads, it has at least $PHI4R_START_S.
     """
     global _active
     folder = os.environ.get(FOLDER)

@@ -34,6 +34,8 @@ def test_a_rank_says_that_it_lives_and_nothing_after_its_end(
     monkeypatch.setattr(module, "BEAT_S", 0.0)
     with attempt(30):
         heartbeat = folder / "heartbeat_00003"
+        assert heartbeat.read_text() == f"600 {os.getpid()} 7 n1\n"  # until the work begins
+        beat()
         assert heartbeat.read_text() == f"30 {os.getpid()} 7 n1\n"
         os.utime(heartbeat, (0, 0))
         beat()
@@ -84,6 +86,7 @@ def test_a_lost_folder_ends_the_rank_with_its_name(folder: Path, monkeypatch: py
 
     def lose_the_folder() -> None:
         with attempt(30):
+            beat()
             (folder / "heartbeat_00003").unlink()
             beat()
 
@@ -93,8 +96,8 @@ def test_a_lost_folder_ends_the_rank_with_its_name(folder: Path, monkeypatch: py
 
 def test_a_rank_that_hangs_leaves_its_stack(folder: Path) -> None:
     code = (
-        "import time\nfrom phi4r.parallel.attempt import attempt\n"
-        "def planted_hang():\n    time.sleep(60)\nwith attempt(1):\n    planted_hang()\n"
+        "import time\nfrom phi4r.parallel.attempt import attempt, beat\n"
+        "def planted_hang():\n    time.sleep(60)\nwith attempt(1):\n    beat()\n    planted_hang()\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code])
     try:
