@@ -5,8 +5,9 @@
 For each variant: registers, spills, shared memory, MMA and TMA instructions. `phi4r_kernels.aot.problems`
 says what is an error: spills, more shared memory or registers than the device has, a dot without MMA, on
 Hopper without wgmma, serialized wgmma. A variant that needs over an eighth more registers than its last row
-in results/compile_check.csv is a warning. Exits 1 on an error. What compiled is remembered by its source in
---cache, so that a second run takes seconds. --write appends a row per variant, only where there is no error.
+in results/compile_check.csv is a warning, and so are products by mma.sync beside wgmma. Exits 1 on an error.
+What compiled is remembered by its source in --cache, so that a second run takes seconds. --write appends a
+row per variant, only where there is no error.
 
 Columns: date (UTC), commit, dirty, cpu, triton, arch (compute capability), variant, registers (per thread at
 entry), num_warps, spill_bytes, shared_bytes, scratch_bytes (global memory per program), mma (mma.sync),
@@ -133,14 +134,16 @@ def last_rows(path: Path, triton: str) -> dict[str, dict[str, str]]:
     return {row["variant"]: row for row in rows if row["commit"] == rows[-1]["commit"]}
 
 
-def against_last(reports: Sequence[Report], last: dict[str, dict[str, str]]) -> list[str]:
-    """Warnings: what needs many more registers than in its last row."""
-    grown = []
+def warnings(reports: Sequence[Report], last: dict[str, dict[str, str]]) -> list[str]:
+    """What needs many more registers than in its last row, and products that went to the slower MMA."""
+    found = []
     for report in reports:
+        if report.wgmma and report.mma:
+            found.append(f"{report.name}: {report.mma} mma.sync beside {report.wgmma} wgmma")
         before = int(last[report.name]["registers"]) if report.name in last else report.registers
         if report.registers > MORE_REGISTERS * before:
-            grown.append(f"{report.name}: {report.registers} registers, {before} in its last row")
-    return grown
+            found.append(f"{report.name}: {report.registers} registers, {before} in its last row")
+    return found
 
 
 def show(reports: Sequence[Report]) -> None:
@@ -202,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show(reports)
     errors = [f"{report.name}: {problem}" for report in reports for problem in problems(report)]
     last = last_rows(RESULTS / "compile_check.csv", triton.__version__)
-    for warning in against_last(reports, last):
+    for warning in warnings(reports, last):
         print(f"warning: {warning}")
     for error in errors:
         print(f"error: {error}", file=sys.stderr)

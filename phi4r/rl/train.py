@@ -63,6 +63,7 @@ def main(cfg: RLConfig, run_dir: Path) -> None:
                 drawn = items_of_step(
                     len(problems), cfg.seed, PROMPT_STREAM, step, cfg.rollout.prompts_per_step
                 )
+                loop.clock.phase("rollout")
                 trajectories, groups = roll_out(
                     cfg,
                     sampler,
@@ -76,6 +77,7 @@ def main(cfg: RLConfig, run_dir: Path) -> None:
                     write_rollouts(run_dir, step + 1, (t.record(step + 1, tokenizer) for t in trajectories))
                 metrics = rollout_metrics(trajectories, groups)
                 informative = groups.informative_share >= cfg.objective.min_informative
+                loop.clock.phase("train")
                 metrics |= update(cfg, policy, reference, trajectories, step, informative, loop.check_finite)
                 shown: dict[str, Any] = {
                     k: metrics[k] for k in ("reward", "accuracy", "response_length", "loss") if k in metrics

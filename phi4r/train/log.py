@@ -18,6 +18,13 @@ from phi4r.errors import UserError
 from phi4r.io import JsonlWriter, atomic_write_text, drop_partial_line
 from phi4r.optional import require
 
+WALL_CLOCK = (
+    "step_seconds", "tokens_per_second", "tokens_per_second_per_gpu", "mfu", "data_seconds",
+    "rollout_seconds", "train_seconds", "eval_seconds", "slowest_rank", "slowest_excess", "peak_memory_gib",
+    "checkpoint_stall_seconds",
+)  # fmt: skip
+"""The columns of metrics.jsonl that differ from run to run; all others repeat bit for bit on CPU."""
+
 
 def truncate_metrics(path: Path, last_step: int) -> int:
     """Drop the lines of metrics.jsonl whose step is beyond `last_step`; the file is replaced whole, or left

@@ -4,7 +4,6 @@ gradients."""
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +25,7 @@ from phi4r.train.retention import Retention
 from phi4r.train.save import CheckpointError, CheckpointSaver, Saved, save_checkpoint
 from phi4r.train.session import fill_weights
 from phi4r.train.signals import StopFlag, end_by, stop_flag
+from phi4r.train.throughput import StepClock
 from phi4r.train.watchdog import watch
 
 # Without a terminal a run prints about this many lines, however long it is.
@@ -61,7 +61,7 @@ class TrainingLoop:
         self._failed_saves = 0
         self._stall_s = 0.0
         self._metrics: dict[str, float] = {}
-        self._step_began = time.perf_counter()
+        self.clock = StepClock(engine)
 
     def _restore(self) -> int:
         """Fill the engine from the run's newest checkpoint, else from init; returns the steps already
@@ -117,8 +117,8 @@ class TrainingLoop:
         yield from range(self.start_step, self.config.train.num_steps)
 
     def begin_step(self) -> None:
-        """Start the step's clock (for what is reported as step_seconds)."""
-        self._step_began = time.perf_counter()
+        """Start the step's clock, in its first phase, "data"."""
+        self.clock.begin()
         beat()
 
     def check_finite(
@@ -126,6 +126,7 @@ class TrainingLoop:
     ) -> None:
         """Count steps in a row that were left out because loss or gradient were not finite; past the limit,
         keep what the step was given (`rows`, the weights) for `phi4r replay` and stop."""
+        self.clock.add_work(rows)
         self.nonfinite = 0 if result.applied else self.nonfinite + 1
         limit = self.config.train.max_nonfinite_steps
         if self.nonfinite <= limit:
@@ -161,21 +162,20 @@ class TrainingLoop:
         """Log step `step` (from 0), save when due, and end the run here if it was told to stop.
 
         metrics: a row of metrics.jsonl; shown: the few that stand beside the progress bar; num_tokens:
-        trained tokens. The row's step_seconds and tokens_per_second are wall-clock; all other values repeat
-        bit for bit on CPU.
+        trained tokens. The row also gets the columns of `StepClock`, which are wall-clock; all other values
+        repeat bit for bit on CPU.
         """
-        seconds = time.perf_counter() - self._step_began
+        columns = self.clock.columns(num_tokens)
         if step == self.start_step:
             record_memory(self.config, self.engine, self.run_dir)
-        clock = {"step_seconds": seconds, "tokens_per_second": num_tokens / max(seconds, 1e-9)}
         if self._stall_s:
-            clock["checkpoint_stall_seconds"], self._stall_s = self._stall_s, 0.0
+            columns["checkpoint_stall_seconds"], self._stall_s = self._stall_s, 0.0
         if "loss" in metrics and self._spikes.is_spike(metrics["loss"]):
             metrics = {**metrics, "loss_spike": 1}
             say(f"{self.name}: warning: the loss of step {step + 1}, {metrics['loss']:.4g}, is a spike")
-        self._logger.log(step + 1, {**metrics, **clock})
+        self._logger.log(step + 1, {**metrics, **columns})
         self._metrics = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
-        self._progress.update(step + 1, {**shown, "tok/s": round(clock["tokens_per_second"])})
+        self._progress.update(step + 1, {**shown, "tok/s": round(columns["tokens_per_second"])})
         if self._saver.is_writing:
             self._attempt(self._saver.poll)
         every = self.config.train.check_replicas_every

@@ -51,6 +51,7 @@ def main(cfg: SFTConfig, run_dir: Path) -> None:
                 )
                 rows = [data.train_rows[index] for index in drawn]
                 lr = learning_rate(cfg.optimizer, step, cfg.train.num_steps)
+                loop.clock.phase("train")
                 result = engine.train_step(rows, sft_loss, lr)
                 loop.check_finite(step, result, rows)
                 metrics = {
@@ -68,6 +69,7 @@ def main(cfg: SFTConfig, run_dir: Path) -> None:
                     and cfg.train.eval_every
                     and ((step + 1) % cfg.train.eval_every == 0 or last)
                 ):
+                    loop.clock.phase("eval")
                     metrics["heldout_loss"] = engine.evaluate(data.heldout_rows).loss
                 shown: dict[str, Any] = {
                     k: metrics[k] for k in ("loss", "heldout_loss", "grad_norm", "lr") if k in metrics

@@ -68,7 +68,7 @@ def sound(**changes: object) -> Report:
         ({"shared_bytes": 232_449}, "232,449 bytes of shared memory"),
         ({"registers": 171}, f"171 registers x 384 threads of {REGISTER_FILE:,}"),
         ({"wgmma": 0}, "no MMA instruction"),
-        ({"mma": 2}, "2 mma.sync and 8 wgmma, expected wgmma alone"),
+        ({"mma": 2, "wgmma": 0}, "2 mma.sync and no wgmma"),
         ({"arch": 100, "wgmma": 0}, "no MMA instruction"),
         ({"has_copies": True}, "without TMA"),
         ({"warning": "(C7511) Potential Performance Loss"}, "C7511"),

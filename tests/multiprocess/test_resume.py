@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from phi4r.train.log import WALL_CLOCK
+
 pytestmark = pytest.mark.multiprocess
 
-WALL_CLOCK = ("step_seconds", "tokens_per_second", "checkpoint_stall_seconds")
 SFT = [
     "sft", "tiny", "--train.num_steps", "8", "--train.eval_every", "3", "--checkpoint.every", "2",
     "--checkpoint.keep_last", "1",
