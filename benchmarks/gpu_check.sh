@@ -24,6 +24,7 @@ export PYTHONPATH=".:kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 MPLB
 rehearse=0
 if [[ ${1:-} == --rehearse ]]; then
   rehearse=1
+  TOTAL_S=$((10 * TOTAL_S)) # a laptop, perhaps a busy one: nothing is lost by waiting
   shift
 fi
 parts=("$@")
@@ -52,6 +53,7 @@ status=0
 run() { # run NAME LIMIT_S COMMAND...: under its limit and what is left of the total
   local name=$1 limit=$2 left=$((TOTAL_S - SECONDS)) began=$SECONDS code
   shift 2
+  ((rehearse)) && limit=$((10 * limit))
   if ((left < 10)); then
     outcomes+=("$name: not started, the time is over")
     status=1
@@ -114,7 +116,7 @@ for part in "${parts[@]}"; do
 done
 
 # Past the limits of the parts there is always time for these.
-TOTAL_S=$((SECONDS + 40))
+TOTAL_S=$((rehearse ? TOTAL_S : SECONDS + 40))
 [[ -f $OUT/attention.csv ]] && run "attention plots" 20 -m benchmarks.plot attention --results "$OUT"
 [[ -f $OUT/grpo_head.csv ]] && run "grpo_head plot" 20 -m benchmarks.plot grpo_head --results "$OUT" --kinds scaling
 [[ -f $OUT/elementwise.csv ]] && run "elementwise plot" 20 -m benchmarks.plot elementwise --results "$OUT" --kinds scaling

@@ -79,7 +79,7 @@ TARGETS = (
     Target("attention, causal 32K: forward", "attention", _tflops("forward", "dense"), "TFLOP/s", 450, 600),
     Target("  backward", "attention", _tflops("backward", "dense"), "TFLOP/s", 330, 490),
     Target(
-        "attention forward, packed 32K", "attention", _tflops("forward", "lognormal"), "TFLOP/s", 400, 520
+        "attention, packed 32K: forward", "attention", _tflops("forward", "lognormal"), "TFLOP/s", 400, 520
     ),
     Target("  backward", "attention", _tflops("backward", _PACKED), "TFLOP/s", 263, 380),
     Target("GRPO head 32K, of the bare products", "grpo_head", _head("percent_of_bound"), "%", 80, 90),

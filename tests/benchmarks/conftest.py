@@ -37,7 +37,7 @@ def copy_of_benchmarks(folder: Path, planted: str) -> Path:
     return folder
 
 
-def python(folder: Path, *words: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def python(folder: Path, *words: str, timeout: float = 500) -> subprocess.CompletedProcess[str]:
     """Run Python in `folder`, its benchmarks first on the path. The planted tests need no plugins, which take
     most of a small run's time."""
     path = os.pathsep.join([str(folder), str(folder / "kernels"), str(ROOT)])
