@@ -2,6 +2,7 @@
 # make test         what the tests need, lint, types, the default test suite
 # make install      .venv with phi4r, editable, at the versions of constraints.txt
 # make test-slow    the tests marked slow: the whole quick start at a small size
+# make test-slurm   the tests on a private SLURM (needs slurm-wlm and munge; skipped without, but not with CI=true)
 # make test-deps    the same plus what tests and lint need
 # make lint         ruff and mypy
 # make format       ruff, rewriting files
@@ -21,7 +22,7 @@ NATIVE := CMakeLists.txt $(wildcard kernels/csrc/*)
 # The layout tests start several ranks; one thread each keeps them from spinning on each other's cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install test-deps quickstart test test-slow lint format clean
+.PHONY: install test-deps quickstart test test-slow test-slurm lint format clean
 
 install: $(VENV)/.installed
 
@@ -37,6 +38,10 @@ test: test-deps lint
 test-slow: test-deps
 	@echo "== slow tests"
 	$(BIN)/python -m pytest -q -m "slow and not gpu and not vllm and not slurm" $(TESTS)
+
+test-slurm: test-deps
+	@echo "== tests on a real SLURM"
+	$(BIN)/python -m pytest -q -m slurm --durations=15 $(TESTS)
 
 lint: test-deps
 	@echo "== lint and types"

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from phi4r.train.log import WALL_CLOCK
 from tests.slurm.cluster import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
-# What differs between two runs that are the same: the clock, and who started them.
-NOT_COMPARED = ("step_seconds", "tokens_per_second", "checkpoint_stall_seconds", "slurm_restarts")
+# What two equal runs differ in: the clock, and who started them.
+NOT_COMPARED = {*WALL_CLOCK, "slurm_restarts"}
 MODEL = [
     "--model.hidden_size", "32", "--model.num_layers", "2", "--model.ffn_hidden_size", "64",
     "--model.head_dim", "8",
@@ -127,11 +130,45 @@ def wait_in_run(
     """Wait for a condition of a run that goes on; fails at once when its job ends for good."""
 
     def over() -> bool:
-        ended = {how for how, _ in history(run_dir)} & {"finished", "failed", "gave up", "ended"}
+        ended = {how for how, _ in history(run_dir)} & {"finished", "failed", "gave up"}
         assert not ended, f"waited for {what}, but the job has {ended}\n{story(run_dir)}"
         return bool(condition())
 
     site.cluster.wait_for(what, over, seconds, lambda: story(run_dir))
+
+
+class Fault:
+    """Something that is done to a run now. What came of it goes to benchmarks/results/slurm_faults.csv where
+    PHI4R_SLURM_ROWS is set: the table of docs/slurm.md is made from it.
+    """
+
+    def __init__(self, run_dir: Path, fault: str) -> None:
+        self.run_dir, self.fault = run_dir, fault
+        self.attempt = (run_dir / "logs" / "latest").resolve().name
+        self.began = time.time()
+
+    def wait_for_steps(self, site: Site, seconds: float) -> None:
+        """Until a later attempt has done a step."""
+
+        def has_step() -> bool:
+            latest = (self.run_dir / "logs" / "latest").resolve()
+            log = latest / "rank_00000.log"
+            if latest.name == self.attempt or not log.exists():
+                return False
+            return re.search(r"^sft \d+/", log.read_text(), re.MULTILINE) is not None
+
+        wait_in_run(site, self.run_dir, f"a step after: {self.fault}", has_step, seconds)
+        self.note("resumed")
+
+    def note(self, outcome: str) -> None:
+        """Write the row."""
+        if not os.environ.get("PHI4R_SLURM_ROWS"):
+            return
+        from benchmarks.rows import append_rows, provenance
+
+        row = provenance("launch", "phi4r", "tests/slurm")
+        row |= {"fault": self.fault, "outcome": outcome, "seconds": f"{time.time() - self.began:.1f}"}
+        append_rows("slurm_faults", list(row), [row])
 
 
 def story(run_dir: Path) -> str:

@@ -6,13 +6,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import ROOT, SFT, Site, history, rank_pid, rows, step, story, wait_in_run
+from tests.slurm.jobs import ROOT, SFT, Fault, Site, history, rank_pid, rows, step, story, wait_in_run
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
@@ -43,7 +45,9 @@ def test_two_nodes_save_before_the_limit_requeue_and_resume_bit_for_bit(site: Si
     run, whole = site.folder / "run", site.folder / "whole"
     job = site.launch("sft", *FOUR, "--nodes", 2, "--run-dir", run)
     wait_for_step(site, run, 13)
+    fault = Fault(run, "signal before the time limit")
     site.cluster.run("scancel", "--batch", "--signal=USR2", job)  # what --signal sends before the time limit
+    fault.wait_for_steps(site, WAIT_S)
     ended = site.cluster.wait(job, seconds=WAIT_S)
     assert (ended["JobState"], ended["Restarts"], ended["NumNodes"]) == ("COMPLETED", "1", "2"), story(run)
     assert [how for how, _ in history(run)] == ["stopped", "requeued", "finished"], story(run)
@@ -67,7 +71,9 @@ def test_a_requeue_in_mid_step_resumes_bit_for_bit(site: Site, uninterrupted: Pa
     run = site.folder / "run"
     job = site.launch("sft", *TWO, "--nodes", 2, "--run-dir", run)
     wait_for_step(site, run, 13)
+    fault = Fault(run, "scontrol requeue in mid-step")
     site.cluster.run("scontrol", "requeue", job)
+    fault.wait_for_steps(site, WAIT_S)
     ended = site.cluster.wait(job, seconds=WAIT_S)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), story(run)
     assert rows(run) == rows(uninterrupted)
@@ -79,7 +85,9 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_in_the_same_allocation(
     run = site.folder / "run"
     job = site.launch("sft", *TWO, "--nodes", 2, "--run-dir", run)
     wait_for_step(site, run, 13)
+    fault = Fault(run, "a rank killed")
     os.kill(rank_pid(run, 1), signal.SIGKILL)
+    fault.wait_for_steps(site, WAIT_S)
     ended = site.cluster.wait(job, seconds=WAIT_S)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "0"), story(run)
     (how, why), *_ = history(run)
@@ -93,8 +101,10 @@ def test_a_node_that_dies_is_replaced(site: Site, uninterrupted: Path) -> None:
     job = site.launch("sft", *TWO, "--nodes", 2, "--run-dir", run)
     wait_for_step(site, run, 13)
     node = cluster.run("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]).split()[1]
+    fault = Fault(run, "a node dead: slurmd, step daemon and rank killed")
     cluster.crash_node(node)
     try:
+        fault.wait_for_steps(site, WAIT_S)
         ended = cluster.wait(job, seconds=WAIT_S)
         assert ended["JobState"] == "COMPLETED", story(run)
         assert int(ended["Restarts"]) >= 1
@@ -109,15 +119,18 @@ def test_a_node_that_dies_is_replaced(site: Site, uninterrupted: Path) -> None:
 def test_a_hung_rank_and_a_failing_rank_end_their_jobs_with_their_names(site: Site) -> None:
     hung, failing = site.folder / "hung", site.folder / "failing"
     no_restarts = {"PHI4R_MAX_RESTARTS": "0"}
-    words = [*SFT, "--train.num_steps", 2000, "--parallel.dp", "2", "--parallel.timeout_s", 40, "--nodes", 2]
+    words = [*SFT, "--train.num_steps", 2000, "--parallel.dp", "2", "--parallel.timeout_s", 60, "--nodes", 2]
     hung_job = site.launch("sft", *words, "--run-dir", hung, **no_restarts)
     failing_job = site.launch("sft", *words, "--run-dir", failing)
     wait_for_step(site, hung, 3)
+    hang = Fault(hung, "a rank hangs (parallel.timeout_s = 60)")
     os.kill(rank_pid(hung, 1), signal.SIGALRM)
     wait_for_step(site, failing, 3)
+    failure = Fault(failing, "a rank raises an exception")
     os.kill(rank_pid(failing, 1), signal.SIGUSR1)
 
     ended = site.cluster.wait(failing_job, seconds=WAIT_S)
+    failure.note("job failed with that rank's error")
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0"), story(failing)
     ((how, why),) = history(failing)  # one attempt: an exception is not tried again
     assert how == "failed"
@@ -125,6 +138,7 @@ def test_a_hung_rank_and_a_failing_rank_end_their_jobs_with_their_names(site: Si
     assert why.endswith("RuntimeError: planted error")
 
     ended = site.cluster.wait(hung_job, seconds=WAIT_S)
+    hang.note("job failed naming the rank (PHI4R_MAX_RESTARTS = 0)")
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0"), story(hung)
     (how, why), (end, _) = history(hung)
     assert (how, end) == ("hung", "gave up")
@@ -141,6 +155,11 @@ def test_scancel_is_final_and_a_run_folder_has_one_job(site: Site) -> None:
     wait_in_run(site, run, "the rank", lambda: list(run.glob("logs/latest/heartbeat_*")), WAIT_S)
     with pytest.raises(AssertionError, match=f"job {job} .* has this run folder"):
         site.launch("sft", *SFT, "--run-dir", run)
+    listed = json.loads(site.phi4r("status", "--json"))
+    assert [(entry["job"], entry["state"], entry["run"]) for entry in listed] == [
+        (str(job), "RUNNING", str(run))
+    ]
+    assert "phi4r-sft" in site.phi4r("status")
     cluster.run("scancel", job)
     cluster.wait(job, {"CANCELLED"})
     time.sleep(8)  # longer than a requeued job waits
@@ -161,6 +180,48 @@ def test_a_node_with_busy_gpus_is_left_out(site: Site) -> None:
     how, why = history(run)[0]
     assert how == "bad node"
     assert why.endswith("127.0.0.1: not idle: GPU 0 (70000 MiB in use)"), why
+
+
+def test_a_lost_run_folder_ends_the_job_and_is_not_made_anew(site: Site) -> None:
+    run = site.folder / "run"
+    job = site.launch("sft", *SFT, "--train.num_steps", 5000, "--run-dir", run)
+    wait_for_step(site, run, 3)
+    fault = Fault(run, "the run folder is gone")
+    run.rename(site.folder / "elsewhere")
+    ended = site.cluster.wait(job, seconds=WAIT_S)
+    fault.note("job failed saying so")
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0"), story(site.folder / "elsewhere")
+    (log,) = (site.folder / "elsewhere" / "logs").glob("job-*.out")
+    assert f"the run folder {run} is lost" in log.read_text()
+    assert not run.exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount a tmpfs")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], check=True, timeout=60)
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True, timeout=60)
+
+
+def test_a_full_disk_is_found_by_the_check_or_ends_the_job(site: Site, small_disk: Path) -> None:
+    checked, trained = small_disk / "checked", small_disk / "trained"
+    job = site.launch("sft", *SFT, "--run-dir", checked)
+    assert site.cluster.wait(job, seconds=WAIT_S)["JobState"] == "FAILED", story(checked)
+    ((how, why),) = history(checked)
+    assert how == "failed"
+    assert "GiB free, and 0.01 are asked for (PHI4R_FREE_GIB)" in why
+    with open(site.folder / "site.sh", "a") as file:
+        file.write("export PHI4R_FREE_GIB=0\n")
+    job = site.launch("sft", *SFT, "--run-dir", trained)
+    assert site.cluster.wait(job, seconds=WAIT_S)["JobState"] == "FAILED", story(trained)
+    ((how, why),) = history(trained)
+    assert how == "failed"
+    assert "No space left on device" in why
 
 
 def test_a_recipe_that_cannot_fit_is_refused_before_submission(site: Site) -> None:

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
+from benchmarks.rows import read_rows
 from phi4r.errors import UserError
 from phi4r.slurm import logs, status
 from phi4r.slurm.check import judge, wait_for_reports
 from phi4r.slurm.submit import Wish, prepare, rendered, seconds_of
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def wish(stage: str, *words: str, **changes: Any) -> Wish:
@@ -134,3 +137,18 @@ def test_nodes_are_judged_one_by_one_and_the_run_as_a_whole() -> None:
 def test_reports_that_do_not_come_are_not_waited_for_beyond_the_deadline(tmp_path: Path) -> None:
     (tmp_path / "check_a.json").write_text(json.dumps(report("a")))
     assert [entry["node"] for entry in wait_for_reports(tmp_path, 2, 0.3)] == ["a"]
+
+
+def faults_table(path: Path) -> str:
+    """The table of docs/slurm.md: the newest row of each fault in benchmarks/results/slurm_faults.csv."""
+    newest = {row["fault"]: row for row in read_rows(path)}
+    lines = [
+        f"| {row['fault']} | {row['outcome']} | {float(row['seconds']):.0f} s |" for row in newest.values()
+    ]
+    return "\n".join(["| fault | what happened | after |", "|---|---|---|", *lines])
+
+
+def test_the_table_of_faults_is_what_the_rows_say() -> None:
+    page = (ROOT / "docs" / "slurm.md").read_text(encoding="utf-8")
+    table = page.split("<!-- faults -->\n")[1].split("\n<!-- /faults -->")[0]
+    assert table == faults_table(ROOT / "benchmarks" / "results" / "slurm_faults.csv")
