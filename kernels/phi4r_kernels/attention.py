@@ -113,16 +113,17 @@ def _launch_dkdv(
     group = num_heads // num_kv_heads
     dk = torch.empty(num_keys, num_kv_heads, dim, dtype=k.dtype, device=k.device)
     dv = torch.empty(num_keys, num_kv_heads, dim, dtype=v.dtype, device=v.device)
+    parts = K_TILE // launch.tile
     dq_desc = None
     if dq_sums is not None:
         dq_desc = TensorDescriptor(dq_sums, list(dq_sums.shape), [dim, 1], [launch.block, dim])
     section = _section(num_kv_heads, 2 * group * num_queries * dim * q.element_size())
-    kernels._attention_bwd_kernel[(k_tiles.size(0) * num_kv_heads,)](
-        _descriptor(q, launch.block), _descriptor(k, K_TILE), _descriptor(v, K_TILE),
+    kernels._attention_bwd_kernel[(k_tiles.size(0) * parts * num_kv_heads,)](
+        _descriptor(q, launch.block), _descriptor(k, launch.tile), _descriptor(v, launch.tile),
         _descriptor(do, launch.block), dq_desc, dk, dv, lse, delta, k_tiles,
-        k_tiles.size(0), section, num_queries, num_kv_heads,
+        k_tiles.size(0) * parts, section, num_queries, num_kv_heads,
         q.stride(1), k.stride(1), v.stride(1), do.stride(1), scale, scale * math.log2(math.e),
-        GROUP=group, H=dim, BM=launch.block, BN=K_TILE, FUSED=dq_sums is not None,
+        GROUP=group, H=dim, BM=launch.block, BN=launch.tile, PARTS=parts, FUSED=dq_sums is not None,
         num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
     return dk, dv

@@ -144,14 +144,17 @@ def _attention_bwd_queries(
 def _attention_bwd_kernel(
     q_desc, k_desc, v_desc, do_desc, dq_desc, dk_ptr, dv_ptr, lse_ptr, delta_ptr, tiles_ptr,
     num_tiles, section, num_queries, num_kv_heads, q_head, k_head, v_head, do_head, scale, qk_scale,
-    GROUP: tl.constexpr, H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, FUSED: tl.constexpr,
+    GROUP: tl.constexpr, H: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
+    FUSED: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV [Tk, K, H] of one key tile of one KV head, summed over the group's query heads in place.
+    """dK and dV [Tk, K, H] of BN keys of one KV head, one of the PARTS of a key tile, summed over the group's
+    query heads in place; num_tiles counts the parts.
     FUSED: its part of dQ / scale is added to dq_desc, fp32 [N Tq, H], by one TMA reduction a step (5 products
     in all); rows beyond q_stop get zeros added. Else dq_desc is None."""
     tile, kv_head = _tile_and_head(num_tiles, section)
-    entry = tiles_ptr + tile * 8
-    k_start, k_stop = tl.load(entry), tl.load(entry + 1)
+    entry = tiles_ptr + tile // PARTS * 8
+    k_start = tl.load(entry) + tile % PARTS * BN
+    k_stop = tl.minimum(tl.load(entry + 1), k_start + BN)
     rows = k_start + tl.arange(0, BN)
     keys = tl.where(rows < k_stop, rows, NEVER)
     k = k_desc.load([k_start, kv_head * k_head])
@@ -162,6 +165,7 @@ def _attention_bwd_kernel(
         side, head = entry + 2 + part % 2 * 3, kv_head * GROUP + part // 2
         q_start, q_stop, offset = tl.load(side), tl.load(side + 1), tl.load(side + 2)
         head_row = head.to(tl.int64) * num_queries
+        q_stop = tl.where(k_start < k_stop, q_stop, q_start)
         # Blocks whose first query stands at or behind the tile's last key are not masked; a tile that ends
         # inside its block always is.
         masked = tl.maximum(k_stop - 1 - offset - q_start, 0)

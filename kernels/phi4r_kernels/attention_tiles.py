@@ -20,11 +20,13 @@ from phi4r_kernels.attention_plan import K_TILE, Q_TILE
 
 @dataclass(frozen=True)
 class Launch:
-    """block: rows per step of the kernel's loop; num_warps and num_stages as Triton takes them."""
+    """block: rows per step of the kernel's loop; num_warps and num_stages as Triton takes them; tile: rows a
+    program owns (a part of K_TILE for dK/dV)."""
 
     block: int
     num_warps: int
     num_stages: int
+    tile: int = 128
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ def _variant(
     types |= {"q_desc": queries, "do_desc": queries, "k_desc": keys, "v_desc": keys}
     types |= {"dq_desc": f"tensordesc<fp32[{query_block}, {dim}]>"}
     sizes = {"GROUP": group, "H": dim, "BM": query_block, "BN": key_block, "FUSED": name == "fused"}
+    sizes["PARTS"] = K_TILE // max(key_block, 1)
     constexprs = {argument: sizes[argument] for argument in kernel.arg_names if argument in sizes}
     if name == "dkdv":
         constexprs["dq_desc"] = None
@@ -125,8 +128,8 @@ def variants(group: int = 4) -> Iterator[Variant]:
             for dtype in ("bf16", "fp16"):
                 where = arch, dtype, dim
                 yield _variant("fwd", *where, tiles.fwd, Q_TILE, tiles.fwd.block, group)
-                yield _variant("fused", *where, tiles.fused, tiles.fused.block, K_TILE, group)
-                yield _variant("dkdv", *where, tiles.dkdv, tiles.dkdv.block, K_TILE, group)
+                yield _variant("fused", *where, tiles.fused, tiles.fused.block, tiles.fused.tile, group)
+                yield _variant("dkdv", *where, tiles.dkdv, tiles.dkdv.block, tiles.dkdv.tile, group)
                 yield _variant("dq", *where, tiles.dq, Q_TILE, tiles.dq.block, group)
                 yield _variant("delta", *where, elementwise, ROWS, 0, group)
                 yield _variant("dq_cast", *where, elementwise, ROWS, 0, group)
