@@ -117,7 +117,9 @@ class ChunkFile:
         """Append a chunk."""
         start = self.num_bytes
         if isinstance(data, Tensor):
-            self.save(data)
+            # torch.save would write all of the storage that a view looks at
+            is_view = data.untyped_storage().nbytes() != data.nbytes
+            self.save(data.clone() if is_view else data)
         else:
             self.write(data.getbuffer())
         length = self.num_bytes - start
