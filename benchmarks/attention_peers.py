@@ -115,7 +115,23 @@ def varlen(documents: Documents) -> Attention:
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return varlen_attn(q, k, v, offsets, offsets, longest, longest, **causal, **gqa)
 
-    return call
+    def repeated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        group = q.size(1) // k.size(1)
+        return call(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
+
+    return call if _shares_heads(call, documents) else repeated
+
+
+def _shares_heads(attend: Attention, documents: Documents) -> bool:
+    """Whether query heads may share KV heads, which the first releases of `varlen_attn` do not promise."""
+    size = (documents.num_tokens, 1, 64)
+    q, k = (torch.randn(size, device=documents.device, dtype=torch.bfloat16) for _ in range(2))
+    q = q.repeat(1, 2, 1)
+    try:
+        attend(q, k, k)
+    except (RuntimeError, ValueError):
+        return False
+    return True
 
 
 def flex(documents: Documents) -> Attention:

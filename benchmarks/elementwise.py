@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -93,6 +93,7 @@ def eager(op: str, device: str) -> Function:
     return EAGER[op]
 
 
+@cache
 def compiled(op: str, device: str) -> Function:
     """torch.compile of the same lines."""
     if device != "cuda":

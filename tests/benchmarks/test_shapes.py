@@ -40,8 +40,8 @@ def test_mixes_are_what_they_say() -> None:
     assert giant[0] == 24_576
     assert len(giant) == 33
     traces = documents("lognormal", 32_768)
-    assert max(traces) <= 8192
     assert len(set(traces)) > 3
+    assert max(max(documents("lognormal", 32_768, seed)) for seed in range(20)) == 8192
     with pytest.raises(ValueError, match="one of dense"):
         documents("zipf", 1024)
     with pytest.raises(ValueError, match="at least 64"):
