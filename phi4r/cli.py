@@ -18,7 +18,7 @@ from typer.core import TyperCommand, TyperGroup
 
 import phi4r
 from phi4r.cli_checkpoint import checkpoint_app, replay
-from phi4r.cli_prepare import plan
+from phi4r.cli_prepare import data_app, plan
 from phi4r.cli_slurm import launch, logs, merge, status
 from phi4r.errors import UserError
 
@@ -44,6 +44,7 @@ COMMANDS: dict[str, Command] = {
         "Remove duplicates and leaks, keep the teachable problems", "curate", "phi4r.curate.run:main"
     ),
     "plan": Command("Which layouts fit a cluster, and how long a run takes", None, "phi4r.plan.command:main"),
+    "data": Command("Packed, memory-mapped shards for training", None, "phi4r.data.build:main"),
     "sft": Command("Supervised fine-tuning on packed chat documents", "sft", "phi4r.train.sft:main"),
     "rl": Command("GRPO: sample, verify, reward, step", "rl", "phi4r.rl.train:main"),
     "eval": Command(
@@ -59,10 +60,6 @@ COMMANDS: dict[str, Command] = {
     "verify": Command("Check responses against gold answers", None, "phi4r.verify.cli:run_verify"),
     "reward": Command("Every part of the reward, for audits", None, "phi4r.verify.cli:run_reward"),
     "show": Command("Read the samples of an RL run", None, "phi4r.rl.show:show"),
-    "launch": Command("Submit a stage to SLURM, after checking that it fits", None, "phi4r.slurm.submit:main"),
-    "status": Command("State, step, time left and restarts of a run", None, "phi4r.slurm.status:main"),
-    "logs": Command("What a rank of a run printed", None, "phi4r.slurm.logs:main"),
-    "merge": Command("Put the parts of an evaluation by a job array together", None, "phi4r.evaluate.merge:main"),
     "launch": Command("Submit a stage to SLURM, if it fits", None, "phi4r.slurm.submit:main"),
     "status": Command("State, step, time left and restarts of a run", None, "phi4r.slurm.status:main"),
     "logs": Command("What a rank of a run printed", None, "phi4r.slurm.logs:main"),
@@ -427,6 +424,7 @@ _command("status", "  phi4r status\n  phi4r status /shared/runs/sft")(status)
 _command("logs", "  phi4r logs /shared/runs/sft -f\n  phi4r logs /shared/runs/sft --rank 17")(logs)
 _command("merge", "  phi4r merge /shared/runs/eval")(merge)
 _command("replay", "  phi4r replay runs/sft --parallel.dp 2")(replay)
+app.add_typer(data_app, name="data", short_help=COMMANDS["data"].help)
 app.add_typer(checkpoint_app, name="checkpoint", short_help=COMMANDS["checkpoint"].help)
 
 

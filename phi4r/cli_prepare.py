@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -52,6 +53,27 @@ def plan(
         limit=limit,
     )
     main(loaded, options)
+
+
+@data_app.command("build", help="JSONL or Parquet to packed shards; data.path and the rest as for sft.")
+def data_build(
+    ctx: typer.Context,
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="Its data, tokenizer and seed are used, as sft uses them")
+    ],
+    out: Annotated[str, typer.Option("--out", metavar="D", help="Folder to write; the same one continues")],
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes")] = 1,
+    mixture: Annotated[
+        str, typer.Option("--mixture", metavar="'A=2, B=0.5'", help="Epochs per cluster (others: 1)")
+    ] = "",
+) -> None:
+    from phi4r.configs.load import load_stage
+    from phi4r.parallel.launch import find_target
+
+    config = load_stage("sft", recipe, list(ctx.obj)).config
+    build = find_target("phi4r.data.build:main")
+    options = find_target("phi4r.data.build:Options")
+    build(config, Path(out), options(workers=workers, mixture=mixture))
 
 
 def _stage_of(recipe: str) -> str:

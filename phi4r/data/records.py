@@ -254,10 +254,24 @@ def _reject_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON value")
 
 
-def _jsonl_rows(path: Path, report: LoadReport) -> Iterator[tuple[int, Any, str]]:
+@dataclass(frozen=True)
+class Span:
+    """A piece of a data file: bytes [start, stop) of JSONL, cut between lines, or row groups [start, stop) of
+    Parquet; its first row has the number `first_line`."""
+
+    file: str
+    start: int
+    stop: int
+    first_line: int
+
+
+def _jsonl_rows(path: Path, report: LoadReport, span: Span | None = None) -> Iterator[tuple[int, Any, str]]:
     """Yields (line, row or _RowError, raw text)."""
     with path.open("rb") as stream:
-        for line, data in enumerate(stream, start=1):
+        stream.seek(span.start if span else 0)
+        for line, data in enumerate(stream, start=span.first_line if span else 1):
+            if span and stream.tell() > span.stop:
+                return
             raw = data.decode("utf-8", errors="backslashreplace").rstrip("\r\n")
             if not raw.strip():
                 report.blank_lines += 1
@@ -275,15 +289,16 @@ def _jsonl_rows(path: Path, report: LoadReport) -> Iterator[tuple[int, Any, str]
             yield line, row, raw
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[int, Any, str]]:
+def _parquet_rows(path: Path, span: Span | None = None) -> Iterator[tuple[int, Any, str]]:
     """Yields (row number from 1, row, its JSON text); columns that are null in a row are absent from it."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    line = 0
+    line = span.first_line - 1 if span else 0
     try:
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
+            groups = range(span.start, span.stop) if span else range(file.num_row_groups)
+            for batch in file.iter_batches(batch_size=1024, row_groups=list(groups)):
                 for full in batch.to_pylist():
                     line += 1
                     row = {key: value for key, value in full.items() if value is not None}
@@ -368,6 +383,34 @@ class _Loader:
             except _RowError as error:
                 bad = BadRow(str(file), line, _printable(error.field_name), _printable(error.reason))
                 self._reject(bad, _printable(raw))
+
+
+def read_span(
+    span: Span, report: LoadReport, check: Check | None = None
+) -> Iterator[tuple[Record | BadRow, int, str]]:
+    """(record or bad row, its line, its raw text) for every row of a piece of a file, counted in `report`.
+    That ids are used once is not checked: another piece may hold the other use."""
+    path = Path(span.file)
+    is_jsonl = path.suffix in JSONL_SUFFIXES
+    for line, row, raw in _jsonl_rows(path, report, span) if is_jsonl else _parquet_rows(path, span):
+        report.rows += 1
+        try:
+            if isinstance(row, _RowError):
+                raise row
+            record = _record(row, f"{path.name}:{line}")
+            if check is not None:
+                check(record)
+        except _RowError as error:
+            yield (
+                BadRow(span.file, line, _printable(error.field_name), _printable(error.reason)),
+                line,
+                _printable(raw),
+            )
+        except UserError as error:
+            yield BadRow(span.file, line, "", str(error)), line, _printable(raw)
+        else:
+            report.kept += 1
+            yield record, line, ""
 
 
 def load_records(

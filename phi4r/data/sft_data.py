@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from phi4r.configs.sections import DataConfig
+from phi4r.configs.sections import DataConfig, require
 from phi4r.data.packing import Document, LengthReport, PackedRow, efficiency, fit_documents, pack
 from phi4r.data.records import Conversation, LoadReport, Problem, Record, load_records
 from phi4r.data.render import problem_reply, render_example, split_think
+from phi4r.data.shards import ShardRows, fingerprint, read_index, read_settings
 from phi4r.data.tokenizer import Tokenizer
 from phi4r.errors import UserError
 
@@ -98,7 +99,7 @@ def generate_examples(task_name: str, seed: int, start: int, count: int) -> list
     return examples
 
 
-def _trainable(record: Record) -> None:
+def trainable(record: Record) -> None:
     """Raises `UserError` for a record that is well formed but has nothing to imitate."""
     if isinstance(record, Problem):
         problem_reply(record)
@@ -108,7 +109,7 @@ def _trainable(record: Record) -> None:
             split_think(message.content)
 
 
-def _question(record: Record) -> str:
+def question(record: Record) -> str:
     """What a record asks: two records with the same question may not stand on both sides of the split."""
     if isinstance(record, Conversation):
         asked = [message.content for message in record.messages if message.role != "assistant"]
@@ -116,12 +117,18 @@ def _question(record: Record) -> str:
     return " ".join(record.problem.split())
 
 
+def draw_heldout(num_records: int, heldout: int, seed: int) -> list[int]:
+    """Indices of the `heldout` records kept out of training, drawn at random (by seed only)."""
+    if heldout >= num_records:
+        raise UserError(f"data.heldout = {heldout} leaves nothing of {num_records} examples to train on")
+    random = np.random.default_rng([seed, _SPLIT_STREAM])
+    drawn: list[int] = random.choice(num_records, size=heldout, replace=False).tolist()
+    return drawn
+
+
 def _split(records: Sequence[Record], heldout: int, seed: int) -> tuple[list[Record], list[Record]]:
-    """Draws `heldout` records at random (by seed only); both parts keep the order of the file."""
-    if heldout >= len(records):
-        raise UserError(f"data.heldout = {heldout} leaves nothing of {len(records)} examples to train on")
-    drawn = np.random.default_rng([seed, _SPLIT_STREAM]).choice(len(records), size=heldout, replace=False)
-    chosen = set(drawn.tolist())
+    """`draw_heldout` of records; both parts keep the order of the file."""
+    chosen = set(draw_heldout(len(records), heldout, seed))
     train = [record for index, record in enumerate(records) if index not in chosen]
     return train, [record for index, record in enumerate(records) if index in chosen]
 
@@ -148,7 +155,7 @@ def build_sft_data(
     """
     load: LoadReport | None = None
     heldout_load: LoadReport | None = None
-    options: dict[str, Any] = {"on_bad_row": data.on_bad_row, "check": _trainable}
+    options: dict[str, Any] = {"on_bad_row": data.on_bad_row, "check": trainable}
     train: list[Record]
     heldout: list[Record] = []
     if data.path:
@@ -166,8 +173,8 @@ def build_sft_data(
         heldout = list(generate_examples(data.task, seed, data.num_generated, data.heldout))
     examples = len(train) + len(heldout)
 
-    held_questions = {_question(record) for record in heldout}
-    kept = [record for record in train if _question(record) not in held_questions]
+    held_questions = {question(record) for record in heldout}
+    kept = [record for record in train if question(record) not in held_questions]
     overlap = len(train) - len(kept)
     train_documents, train_lengths = render_documents(kept, tokenizer, data)
     heldout_documents, heldout_lengths = render_documents(heldout, tokenizer, data)
@@ -194,3 +201,33 @@ def build_sft_data(
     )
     heldout_rows = pack(heldout_documents, data.seq_length, tokenizer.pad)
     return SFTData(train_documents, heldout_documents, train_rows, heldout_rows, report)
+
+
+def open_shards(data: DataConfig, tokenizer: Tokenizer) -> tuple[ShardRows, Sequence[PackedRow], list[str]]:
+    """(training rows, held-out rows, what to say about them) of a folder made by `phi4r data build`.
+
+    Held-out documents are those of `data.heldout_path`, else the folder's own. ConfigError where the folder
+    was made for another row length, tokenizer or system message.
+    """
+    index, built = read_index(data.path), read_settings(data.path)
+    for name in ("seq_length", "system_message", "heldout_path"):
+        require(
+            built[name] == getattr(data, name),
+            f"data.{name}",
+            f"is {getattr(data, name)!r}, but {data.path} was built with {built[name]!r}",
+        )
+    require(
+        index["tokenizer"] == fingerprint(tokenizer),
+        "tokenizer.path",
+        f"is another tokenizer than {data.path} was built with",
+    )
+    rows = ShardRows(data.path)
+    heldout: Sequence[PackedRow] = ShardRows(data.path, "heldout")
+    if data.heldout_path:
+        records, _ = load_records(data.heldout_path, check=trainable)
+        documents, _ = render_documents(records, tokenizer, data)
+        heldout = pack(documents, data.seq_length, tokenizer.pad)
+    train = index["statistics"]["train"]
+    line = f"data: {data.path}: {train['documents']:,} documents, {train['tokens']:,} tokens"
+    line += f" ({train['targets']:,} targets) in {train['rows']:,} rows, {train['efficiency']:.1%} full"
+    return rows, heldout, [f"{line}; {len(heldout):,} rows held out"]

@@ -101,9 +101,10 @@ def _median(rows: list[dict[str, str]], column: str, otherwise: Figure) -> Figur
     return Figure(statistics.median(values), f"measured ({files}, {len(values)} rows)")
 
 
-def load_rates(gpu: Gpu, results: Path = RESULTS) -> Rates:
-    """Rates for `gpu`: medians of the rows of `results` measured on it, else the anchors."""
-    rows = _rows(results, gpu)
+def load_rates(gpu: Gpu, results: Path | None = RESULTS) -> Rates:
+    """Rates for `gpu`: medians of the rows of `results` measured on it, else the anchors (None: those
+    only)."""
+    rows = _rows(results, gpu) if results else []
 
     def attention(mode: str) -> Figure:
         ours = [

@@ -19,8 +19,6 @@ RUNTIME_GIB = 2.0
 """CUDA context, cuBLAS workspaces and NCCL's channels of a rank (estimate)."""
 FRAGMENTATION = 0.05
 """Share of the GPU's memory left free because the allocator cannot use all of it (estimate)."""
-HEAD_COPIES = 3
-"""fp32 [chunk, vocabulary / tp] values that the loss holds at once (`phi4r.parallel.logprobs`)."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Memory:
     """Frozen copy of the weights (RL)."""
     activations: int
     head: int
-    """Logits of one chunk of tokens, and the fp32 gradient of the head."""
+    """Logits of one chunk of tokens, and the gradients that the one-pass head makes in the forward."""
     working: int
     """Temporary tensors of the busiest layer, or of the optimizer's step where that is more."""
     communication: int
@@ -101,7 +99,10 @@ def stage_memory(config: SFTConfig | RLConfig, pp_rank: int, kernels: Kernels | 
     vocabulary = model.vocab_size // parallel.tp
     head = 0
     if is_last:
-        head = HEAD_COPIES * FP32 * min(chunk, tokens) * vocabulary + (FP32 + width) * vocabulary * hidden
+        # One chunk's fp32 logits, which become their own gradient, and the gradients of hidden states and
+        # head that wait for the backward: `phi4r_kernels.linear_loss`.
+        head = FP32 * min(chunk, tokens) * vocabulary + tokens * hidden * width
+        head += (FP32 + width) * vocabulary * hidden
     # Backward of the MLP: gradients of the gate-up product and of what follows it, and one weight gradient.
     gradients = 4 * tokens * activations.ffn * width + 2 * tokens * hidden * width
     layer = gradients + 2 * activations.ffn * hidden * width

@@ -21,8 +21,8 @@ from phi4r.plan.states import BYTES, FP32, rank_states, stage_layers
 
 BACKWARD_ATTENTION = 2.5
 """FLOPs of attention's backward, in forwards."""
-HEAD_FORWARDS = 4
-"""Products of the size of the logits in forward and backward: logits twice, and two gradients."""
+HEAD_PRODUCTS = 3
+"""Products of the size of the logits: the logits themselves, and two gradients."""
 ADAM_BYTES = 30
 """Bytes moved per element of optimizer state: gradient, moments, master weights, weights."""
 DECODE_LAYER_S = 1.5e-4
@@ -127,7 +127,7 @@ def step_time(config: SFTConfig | RLConfig, rates: Rates, gpus_per_node: int, wo
         "selective": forward_attention + cp_volume,
         "full": products + forward_attention + moved + tp_forward + cp_volume,
     }[config.train.recompute]
-    head = HEAD_FORWARDS * 2 * t * hidden * model.vocab_size / p.tp / gemm
+    head = HEAD_PRODUCTS * 2 * t * hidden * model.vocab_size / p.tp / gemm
     layer = 3 * products + forward_attention + backward_attention + 2.5 * moved + recomputed
     layer += tp_forward + tp_backward + 2 * cp_volume
     stage = layers * layer + head
@@ -151,7 +151,7 @@ def step_time(config: SFTConfig | RLConfig, rates: Rates, gpus_per_node: int, wo
     parts["generation"] = parts["reference_pass"] = 0.0
     if isinstance(config, RLConfig):
         passes = 2 if config.objective.updates_per_rollout > 1 else 1
-        parts["reference_pass"] = passes * (microbatches + p.pp - 1) * (forward + head / HEAD_FORWARDS)
+        parts["reference_pass"] = passes * (microbatches + p.pp - 1) * (forward + head / HEAD_PRODUCTS)
         parts["generation"] = _generation(config, rates, work)
     return StepTime(**parts)
 

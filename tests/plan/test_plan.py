@@ -14,7 +14,7 @@ from phi4r.configs.load import load_stage
 from phi4r.configs.sections import ModelConfig, ParallelConfig, TrainConfig
 from phi4r.configs.stages import RLConfig, SFTConfig
 from phi4r.errors import UserError
-from phi4r.plan import check
+from phi4r.plan import check, scale
 from phi4r.plan.command import Options, plan
 from phi4r.plan.hardware import GPUS, load_rates
 from phi4r.plan.memory import GIB, kv_bytes, worst_stage
@@ -160,3 +160,9 @@ def test_memory_of_the_worst_stage_adds_up() -> None:
     memory = worst_stage(recipe("sft", "phi4_sft"))
     assert memory.kv_cache == 0
     assert sum(gib for _, gib in memory.lines()) * GIB == pytest.approx(memory.total)
+
+
+def test_the_table_of_the_docs_is_what_its_command_prints() -> None:
+    text = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
+    table = text.partition("<!-- scale -->\n")[2].partition("<!-- /scale -->")[0]
+    assert table == scale.table() + "\n"
