@@ -62,6 +62,8 @@ def _used() -> list[tuple[str, str]]:
 
     try:
         attention = backends.select_backend("auto")
+        if attention != "triton" and (reason := backends.why_not_triton(128, "bf16")):
+            attention = f"{attention}; triton cannot be used: {reason}"
     except UserError as error:
         attention = f"none ({error})"
     if native.backend() == "native":

@@ -1,12 +1,14 @@
 """Attention backends: functions from rotated q, k, v of one packed row to its attention output.
 
 Each takes q [Tq, N, H] (this rank's local queries), k and v [T, K, H] (the whole row, K dividing N), the
-row's `PackedContext` and the softmax scale, and returns [Tq, N, H]. `BACKENDS` is where the Triton kernel
-plugs in.
+row's `PackedContext` and the softmax scale, and returns [Tq, N, H]. `BACKENDS` names them;
+`select_backend` says which one a machine can run.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable
 
 import torch
@@ -63,15 +65,50 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, context: PackedContext, scal
     return torch.cat(pieces)
 
 
-BACKENDS: dict[str, Backend] = {"reference": reference_attention, "sdpa": sdpa_attention}
+def triton_attention(q: Tensor, k: Tensor, v: Tensor, context: PackedContext, scale: float) -> Tensor:
+    """Our FlashAttention kernels (`phi4r_kernels.attention`), with the row's plan."""
+    from phi4r_kernels.attention import flash_attention
+
+    return flash_attention(q, k, v, context.plan(), scale=scale)[0]
 
 
-def select_backend(name: str) -> str:
-    """The backend that `model.attention_backend = name` means on this machine."""
+BACKENDS: dict[str, Backend] = {
+    "reference": reference_attention,
+    "sdpa": sdpa_attention,
+    "triton": triton_attention,
+}
+
+
+def why_not_triton(head_dim: int, dtype: str) -> str:
+    """Why the Triton kernels cannot serve heads of `head_dim` in `dtype` ("bf16", ...) here; "" if they
+    can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not interpreted and not torch.cuda.is_available():
+        return "there is no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests)"
+    if interpreted and torch.cuda.is_available():
+        return "TRITON_INTERPRET=1 runs the kernels on the CPU, and this machine has a GPU"
+    # Not at the top: triton is optional, and reads TRITON_INTERPRET when it is first imported.
+    from phi4r_kernels.attention_tiles import HEAD_DIMS
+
+    if head_dim not in HEAD_DIMS:
+        return f"model.head_dim is {head_dim}, the kernels take {', '.join(map(str, HEAD_DIMS))}"
+    if dtype != "bf16" and not (interpreted and dtype == "fp32"):
+        return f"model.dtype is {dtype}, the kernels take bf16"
+    return ""
+
+
+def select_backend(name: str, head_dim: int = 128, dtype: str = "bf16") -> str:
+    """The backend that `model.attention_backend = name` means on this machine for a model with these heads:
+    "auto" is triton on a GPU where its kernels fit, else sdpa. UserError if `name` cannot run here."""
     if name == "auto":
-        return "sdpa"
+        on_gpu = torch.cuda.is_available()
+        return "triton" if on_gpu and not why_not_triton(head_dim, dtype) else "sdpa"
     if name not in BACKENDS:
         raise UserError(
             f"model.attention_backend: unknown backend {name!r}, expected auto or one of {sorted(BACKENDS)}"
         )
+    if name == "triton" and (reason := why_not_triton(head_dim, dtype)):
+        raise UserError(f"model.attention_backend: triton cannot be used: {reason}; expected auto or sdpa")
     return name

@@ -187,7 +187,7 @@ def transformer_config(
         **options,
     )
     config.phi4r_rope_theta = model.rope_theta
-    config.phi4r_attention_backend = select_backend(model.attention_backend)
+    config.phi4r_attention_backend = select_backend(model.attention_backend, model.head_dim, model.dtype)
     return config
 
 

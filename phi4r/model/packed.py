@@ -8,6 +8,7 @@ by all layers.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ from torch import Tensor
 from phi4r.parallel import zigzag
 
 if TYPE_CHECKING:
+    from phi4r_kernels.attention_plan import AttentionPlan
+
     from phi4r.model.kv_cache import KVCache
 
 
@@ -53,8 +56,8 @@ class PackedContext(PackedSeqParams):
     position_ids: int64 [T local], position of each local token inside its document (for RoPE).
     num_tokens: T of the whole row (all CP ranks). cu_seqlens_q/kv: int32 [documents + 1] over the whole row.
     kv_cache: set while sampling; then keys and values are stored in (and, when decoding, read from) the
-    cache. tensors: what the loss needs beside log-probs (loss mask, advantages, ...), each [T local];
-    attention ignores it.
+    cache. host_bounds: cu_seqlens as host integers, so that a plan needs no synchronisation. tensors: what
+    the loss needs beside log-probs (loss mask, advantages, ...), each [T local]; attention ignores it.
     """
 
     position_ids: Tensor = None  # type: ignore[assignment]
@@ -63,10 +66,12 @@ class PackedContext(PackedSeqParams):
     cp_rank: int = 0
     head: HeadRequest = field(default_factory=HeadRequest)
     kv_cache: KVCache | None = None
+    host_bounds: Sequence[int] | None = None
     tensors: dict[str, Tensor] = field(default_factory=dict)
     _mask: Tensor | None = None
     _segments: list[tuple[int, int, int, int]] | None = None
     _rotary: tuple[Tensor, Tensor] | None = None
+    _plan: AttentionPlan | None = None
 
     def query_index(self) -> Tensor:
         """Row positions int64 [T local] of this rank's queries."""
@@ -99,6 +104,23 @@ class PackedContext(PackedSeqParams):
                         offset = local * length - lo
                         self._segments.append((first + offset, last + offset, start, last))
         return self._segments
+
+    def plan(self) -> AttentionPlan:
+        """Tiles of this rank's queries against the whole row for the Triton kernels; made once per row."""
+        if self._plan is None:
+            from phi4r_kernels.attention_plan import make_plan
+
+            bounds = self.cu_seqlens_q.tolist() if self.host_bounds is None else list(self.host_bounds)
+            size = self.num_tokens // (2 * self.cp) if self.cp > 1 else self.num_tokens
+            first, second = zigzag.chunk_ids(self.cp, self.cp_rank) if self.cp > 1 else (0, 1)
+            # Row positions first * size .. + size come first on this rank, then those of the second chunk.
+            starts = (first * size, second * size)
+            held = [sum(min(max(bound - start, 0), size) for start in starts) for bound in bounds]
+            self._plan = make_plan(
+                held, bounds, causal=True, device=self.cu_seqlens_q.device,
+                q_split=size, q_offsets=(starts[0], starts[1] - size),
+            )  # fmt: skip
+        return self._plan
 
     def rotary(self, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
         """cos and sin, fp32 [T local, head_dim], of the NeoX half-rotation; made once per row."""

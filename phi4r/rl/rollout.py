@@ -239,6 +239,7 @@ class EmbeddedEngine:
             max_seqlen_kv=longest,
             position_ids=positions_T.to(device),
             num_tokens=len(ids_T),
+            host_bounds=bounds.tolist(),
             head=HeadRequest(logits_at=logits_at.to(device)),
             kv_cache=cache,
         )

@@ -104,7 +104,7 @@ class Engine:
     def _wrap(self, parallel: ParallelConfig, optimizer: OptimizerConfig) -> None:
         sharded = parallel.distributed_optimizer
         ddp = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
+            grad_reduce_in_fp32=self.model_config.dtype != "fp64",
             use_distributed_optimizer=sharded,
             overlap_grad_reduce=parallel.overlap,
             overlap_param_gather=parallel.overlap and sharded,
@@ -171,15 +171,29 @@ class Engine:
     def _step_optimizer(self, finite: bool) -> float:
         """Clip and step unless something is not finite; returns the gradient norm before clipping."""
         self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm())
+        parts = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+        grad_norm = self._grad_norm(parts)
         if finite and math.isfinite(grad_norm):
             if self.clip_grad > 0:
-                for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+                for part in parts:
                     parameters = part.get_parameters()
                     if parameters:
                         clip_grad_by_total_norm_fp32(parameters, self.clip_grad, grad_norm)
             self.optimizer.step_with_ready_grads()
         return grad_norm
+
+    @torch.no_grad()
+    def _grad_norm(self, parts: Sequence[Any]) -> float:
+        """L2 norm of the whole model's gradient. Summed in fp64, unlike megatron's, so that how parameters
+        are dealt to ranks does not move the clipping factor: pipeline stages then equal one rank bit for
+        bit."""
+        grads = [grad for part in parts for grad in part.get_main_grads_for_grad_norm()]
+        square = torch.zeros((), dtype=torch.float64, device=self.layout.device)
+        if grads:
+            square += torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float64)).square().sum()
+        if self.layout.world_size > 1:
+            dist.all_reduce(square, group=self.optimizer.get_grad_stats_parallel_group())
+        return float(square.sqrt())
 
     @torch.no_grad()
     def evaluate(
@@ -296,6 +310,7 @@ class Engine:
             num_tokens=len(row.input_ids),
             cp=self.layout.cp,
             cp_rank=self.layout.cp_rank,
+            host_bounds=row.cu_seqlens.tolist(),
             head=head,
         )
         context.tensors = tensors

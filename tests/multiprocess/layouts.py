@@ -77,6 +77,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp3": {"pp": 3},
     "pp4": {"pp": 4},
 }
+FP64_LAYOUTS = ("tp1", "tp2sp", "pp2", "cp2", "dp2distopt", "tp2pp2")
 GRPO_LAYOUTS = ("tp1", "tp2", "tp2sp", "pp2", "pp2vpp2", "cp2", "dp2distopt", "tp2pp2", "tp2cp2")
 GSPO_LAYOUTS = ("tp1", "tp2", "cp2", "tp2cp2")
 
@@ -92,6 +93,7 @@ def cases() -> list[Case]:
     matrix += [Case(layout, LAYOUTS[layout], loss="grpo") for layout in GRPO_LAYOUTS]
     matrix += [Case(layout, LAYOUTS[layout], loss="gspo") for layout in GSPO_LAYOUTS]
     matrix += [Case(layout, LAYOUTS[layout], dtype="bf16") for layout in ("tp1", "dp2distopt", "pp2")]
+    matrix += [Case(layout, LAYOUTS[layout], dtype="fp64") for layout in FP64_LAYOUTS]
     matrix += [
         Case(layout, LAYOUTS[layout], recompute=r)
         for layout in ("tp1", "tp2sp")
