@@ -208,9 +208,11 @@ judge() {
 phi4r_job() {
   local code=0 how= why= stopping= step_pid=
   RUN=$(run_dir_of "$@") || exit 2
+  RUN=$(realpath -m "$RUN")
   attempt=0
   mkdir -p "$RUN/logs" "$RUN/slurm" || { say "error: $RUN cannot be made"; exit 1; }
   echo "$SLURM_JOB_ID" >"$RUN/slurm/job"
+  scontrol update JobId="$SLURM_JOB_ID" Comment="$RUN" # where `phi4r status` looks
   trap 'stopping=1; say "signal: time limit near"; scancel --signal=USR2 "$SLURM_JOB_ID"' USR2
   trap 'stopping=1; say "signal: SLURM wants the nodes back"' TERM
   for ((attempt = 0; ; attempt++)); do
