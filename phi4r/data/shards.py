@@ -149,8 +149,8 @@ class ShardRow(PackedRow):
         return index
 
     def load(self) -> None:
-        """Make all arrays now."""
-        _ = self.input_ids, self.labels, self.loss_mask, self.position_ids, self.doc_index
+        """Make the arrays that training reads now."""
+        _ = self.input_ids, self.labels, self.loss_mask, self.position_ids
 
 
 class ShardRows(Sequence[PackedRow]):

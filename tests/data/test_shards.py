@@ -43,7 +43,7 @@ def test_a_row_makes_its_arrays_only_when_they_are_asked_for(folder: Path) -> No
     assert row.max_seqlen <= 128
     assert "input_ids" not in vars(row)
     row.load()
-    assert {"input_ids", "labels", "loss_mask", "position_ids", "doc_index"} <= set(vars(row))
+    assert {"input_ids", "labels", "loss_mask", "position_ids"} <= set(vars(row))
 
 
 def test_a_row_that_is_sent_to_another_process_arrives_as_a_plain_one(folder: Path) -> None:
