@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from phi4r.configs.stages import SFTConfig
 from phi4r.console import say
-from phi4r.data.order import items_of_step
-from phi4r.data.sft_data import SFTData, build_sft_data
+from phi4r.data.loader import Loader
+from phi4r.data.packing import PackedRow
+from phi4r.data.sft_data import SFTData, build_sft_data, open_shards
+from phi4r.data.shards import is_shard_folder
 from phi4r.data.tokenizer import Tokenizer
 from phi4r.parallel.layout import Layout, broadcast_object, distributed_session, init_layout
 from phi4r.train.engine import Engine, sft_loss
@@ -21,14 +24,39 @@ from phi4r.train.session import open_tokenizer, resolve_model
 SHUFFLE_STREAM = 11
 
 
-def load_data(config: SFTConfig, tokenizer: Tokenizer, run_dir: Path, layout: Layout) -> SFTData:
-    """The run's documents, read once by rank 0 and handed to the others."""
-    data = None
+def load_data(
+    config: SFTConfig, tokenizer: Tokenizer, run_dir: Path, layout: Layout
+) -> tuple[Sequence[PackedRow], Sequence[PackedRow]]:
+    """(training rows, held-out rows). Shards are mapped by every rank; other files are read and packed by
+    rank 0 and handed to the others."""
+    if is_shard_folder(config.data.path):
+        rows, heldout, lines = open_shards(config.data, tokenizer)
+        for line in lines:
+            say(line)
+        return rows, heldout
+    data: SFTData | None = None
     if layout.is_main:
         data = build_sft_data(config.data, tokenizer, config.seed, run_dir / "rejects.jsonl")
         for line in data.report.lines():
             say(line)
-    return broadcast_object(data)
+    data = broadcast_object(data)
+    assert data is not None
+    return data.train_rows, data.heldout_rows
+
+
+def open_loader(config: SFTConfig, rows: Sequence[PackedRow], layout: Layout, first_step: int) -> Loader:
+    """The batches of the steps that are still to do."""
+    return Loader(
+        rows,
+        seed=config.seed,
+        stream=SHUFFLE_STREAM,
+        rows_per_step=config.train.global_batch_size,
+        first_step=first_step,
+        last_step=config.train.num_steps,
+        dp=layout.dp,
+        dp_rank=layout.dp_rank,
+        deadline_s=config.parallel.timeout_s,
+    )
 
 
 def main(cfg: SFTConfig, run_dir: Path) -> None:
@@ -37,19 +65,19 @@ def main(cfg: SFTConfig, run_dir: Path) -> None:
         layout = init_layout(cfg.parallel, cfg.seed)
         tokenizer = open_tokenizer(cfg.tokenizer, cfg.init.checkpoint)
         model = resolve_model(cfg.model, tokenizer, cfg.init.checkpoint)
-        data = load_data(cfg, tokenizer, run_dir, layout)
+        train_rows, heldout_rows = load_data(cfg, tokenizer, run_dir, layout)
         engine = Engine(model, cfg.parallel, layout, cfg.train, cfg.optimizer)
         say(
             f"sft: {model.num_parameters:,} parameters on {layout.world_size} rank(s),"
             f" {cfg.train.num_steps} steps"
         )
-        with open_loop(cfg, run_dir, engine, tokenizer, "sft") as loop:
+        with (
+            open_loop(cfg, run_dir, engine, tokenizer, "sft") as loop,
+            open_loader(cfg, train_rows, layout, loop.start_step) as loader,
+        ):
             for step in loop.steps():
                 loop.begin_step()
-                drawn = items_of_step(
-                    len(data.train_rows), cfg.seed, SHUFFLE_STREAM, step, cfg.train.global_batch_size
-                )
-                rows = [data.train_rows[index] for index in drawn]
+                rows = loader.next()
                 lr = learning_rate(cfg.optimizer, step, cfg.train.num_steps)
                 loop.clock.phase("train")
                 result = engine.train_step(rows, sft_loss, lr)
@@ -60,17 +88,13 @@ def main(cfg: SFTConfig, run_dir: Path) -> None:
                     "lr": lr,
                     "num_valid_tokens": result.count,
                     "num_tokens": sum(row.num_tokens for row in rows),
-                    "epoch": step * cfg.train.global_batch_size / len(data.train_rows),
+                    "epoch": step * cfg.train.global_batch_size / len(train_rows),
                     "skipped": int(not result.applied),
                 }
                 last = step + 1 == cfg.train.num_steps
-                if (
-                    data.heldout_rows
-                    and cfg.train.eval_every
-                    and ((step + 1) % cfg.train.eval_every == 0 or last)
-                ):
+                if heldout_rows and cfg.train.eval_every and ((step + 1) % cfg.train.eval_every == 0 or last):
                     loop.clock.phase("eval")
-                    metrics["heldout_loss"] = engine.evaluate(data.heldout_rows).loss
+                    metrics["heldout_loss"] = engine.evaluate(heldout_rows).loss
                 shown: dict[str, Any] = {
                     k: metrics[k] for k in ("loss", "heldout_loss", "grad_norm", "lr") if k in metrics
                 }
