@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
+import inspect
 import io
 import json
 import os
@@ -103,12 +104,12 @@ def _source(variant: Variant) -> Any:
 
 
 def _cache_key(variant: Variant, source: Any) -> str:
-    """Changes with the kernel's source and helpers, how it is compiled, the compiler and this file."""
+    """Changes with the kernel's source and helpers, how it is compiled, the compiler and what is measured."""
     from triton.runtime.cache import triton_key
 
     parts = [
-        source.hash(), variant.arch, variant.num_warps, variant.num_stages, variant.name,
-        triton_key(), Path(__file__).read_text(encoding="utf-8"),
+        source.hash(), variant.arch, variant.num_warps, variant.num_stages, variant.name, triton_key(),
+        *map(inspect.getsource, (Report, report, _counts)),
     ]  # fmt: skip
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
