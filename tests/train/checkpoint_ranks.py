@@ -4,6 +4,7 @@ job.
 
 from __future__ import annotations
 
+import gc
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -84,6 +85,7 @@ def run(payload: dict[str, Any]) -> None:
     write. Rank 0 writes what came out, in order, to "out"."""
     results = []
     for verb, name, sizes, dtype in payload["work"]:
+        gc.collect()  # an engine that is gone but not collected keeps its groups, and they their threads
         run_dir = Path(payload["folder"]) / name
         if verb == "save":
             engine = make_engine(sizes, dtype)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from phi4r.configs.sections import ParallelConfig
 from phi4r.convert.hf import phi4r_to_hf
 from phi4r.data.tokenizer import Tokenizer
 from phi4r.errors import UserError
@@ -39,31 +40,29 @@ Work = tuple[str, str, dict[str, Any], str]
 
 TP1: dict[str, Any] = {}
 PLAIN = {"distributed_optimizer": False}
-# name of the run -> (layout, dtype) it is saved under
-SAVED_BY_ONE: dict[str, tuple[dict[str, Any], str]] = {"tp1": (TP1, "fp32"), "tp1_plain": (PLAIN, "fp32")}
-SAVED_BY_TWO: dict[str, tuple[dict[str, Any], str]] = {
-    "dp2": ({"dp": 2}, "fp32"),
-    "dp2_bf16": ({"dp": 2}, "bf16"),
-    "dp2_overlap": ({"dp": 2, "overlap": True}, "fp32"),
-    "tp2_sp": ({"tp": 2, "sp": True}, "fp32"),
-    "pp2_vpp2": ({"pp": 2, "vpp": 2}, "fp32"),
-    "pp2_plain": ({"pp": 2, **PLAIN}, "fp32"),
+# The six layouts of the matrix: each one's checkpoint is resumed in every other.
+MATRIX: dict[str, dict[str, Any]] = {
+    "tp1": TP1,
+    "tp2": {"tp": 2},
+    "pp2": {"pp": 2},
+    "tp2pp2": {"tp": 2, "pp": 2},
+    "dp2": {"dp": 2},
+    "cp2": {"cp": 2},
 }
-# run -> layouts that resume it, beside its own
-RESHARDED_BY_TWO: list[tuple[str, dict[str, Any]]] = [
-    ("tp1", {"dp": 2}),
-    ("dp2", {"tp": 2}),
-    ("tp2_sp", {"pp": 2}),
-    ("pp2_vpp2", {"cp": 2}),
-    ("tp1_plain", {"tp": 2, **PLAIN}),
-]
-RESHARDED_BY_ONE: list[tuple[str, dict[str, Any]]] = [
-    ("dp2", TP1),
-    ("dp2_overlap", TP1),
-    ("tp2_sp", TP1),
-    ("pp2_vpp2", TP1),
-    ("pp2_plain", PLAIN),
-]
+# Further runs, resumed in their own layout and in one more: name -> (layout, dtype, the other layout)
+OTHERS: dict[str, tuple[dict[str, Any], str, dict[str, Any] | None]] = {
+    "tp1_plain": (PLAIN, "fp32", {"tp": 2, **PLAIN}),
+    "dp2_bf16": ({"dp": 2}, "bf16", None),
+    "dp2_fp64": ({"dp": 2}, "fp64", None),
+    "dp2_overlap": ({"dp": 2, "overlap": True}, "fp32", TP1),
+    "tp2_sp": ({"tp": 2, "sp": True}, "fp32", {"pp": 2}),
+    "pp2_vpp2": ({"pp": 2, "vpp": 2}, "fp32", {"cp": 2}),
+    "pp2_plain": ({"pp": 2, **PLAIN}, "fp32", PLAIN),
+}
+SAVED = {name: (sizes, "fp32") for name, sizes in MATRIX.items()}
+SAVED |= {name: (sizes, dtype) for name, (sizes, dtype, _) in OTHERS.items()}
+RESHARDED = [(run, sizes) for run in MATRIX for name, sizes in MATRIX.items() if name != run]
+RESHARDED += [(run, other) for run, (_, _, other) in OTHERS.items() if other is not None]
 
 Losses = dict[tuple[str, str, str], list[float]]
 
@@ -79,20 +78,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def losses(runs: Path) -> Losses:
-    """What every run, resumed run and evaluation gave: one launch of two ranks between two parts in this
-    process.
-    """
-    one: list[Work] = [("save", run, *how) for run, how in SAVED_BY_ONE.items()]
-    one += [("resume", run, *how) for run, how in SAVED_BY_ONE.items()]
-    two: list[Work] = [("save", run, *how) for run, how in SAVED_BY_TWO.items()]
-    two += [("resume", run, *how) for run, how in SAVED_BY_TWO.items()]
-    two += [("resume", run, sizes, "fp32") for run, sizes in RESHARDED_BY_TWO]
-    two += [("fail", "unwritable", {"tp": 2}, "fp32")]
-    two += [("evaluate", "tp1", {"tp": 2}, "fp32"), ("evaluate", "tp1", {"pp": 2}, "bf16")]
-    last: list[Work] = [("resume", run, sizes, "fp32") for run, sizes in RESHARDED_BY_ONE]
-    last += [("evaluate", run, TP1, "fp32") for run in ("tp1", "dp2_overlap", "pp2_vpp2")]
+    """What every run, resumed run and evaluation gave, in three launches and two parts in this process."""
+    parts = [save_work(1), save_work(2), save_work(4) + resume_work(4), resume_work(2), resume_work(1)]
+    parts[3] += [("fail", "unwritable", {"tp": 2}, "fp32")]
+    parts[3] += [("evaluate", "tp1", {"tp": 2}, "fp32"), ("evaluate", "tp1", {"pp": 2}, "bf16")]
+    parts[4] += [("evaluate", run, TP1, "fp32") for run in ("tp1", "dp2_overlap", "pp2_vpp2")]
     found: Losses = {}
-    for world_size, work in ((1, one), (2, two), (1, last)):
+    for world_size, work in zip((1, 2, 4, 2, 1), parts, strict=True):
         out = runs / "out.json"
         payload = {"folder": str(runs), "work": work, "out": str(out)}
         run_ranks("tests.train.checkpoint_ranks:run", payload, world_size, runs / "job")
@@ -101,20 +93,33 @@ def losses(runs: Path) -> Losses:
     return found
 
 
+def num_ranks(sizes: dict[str, Any]) -> int:
+    return ParallelConfig(**sizes).world_size
+
+
+def save_work(world_size: int) -> list[Work]:
+    return [("save", run, *how) for run, how in SAVED.items() if num_ranks(how[0]) == world_size]
+
+
+def resume_work(world_size: int) -> list[Work]:
+    own = [("resume", run, *how) for run, how in SAVED.items() if num_ranks(how[0]) == world_size]
+    return own + [("resume", r, sizes, "fp32") for r, sizes in RESHARDED if num_ranks(sizes) == world_size]
+
+
 def close(found: list[float], expected: list[float]) -> None:
     # fp32 sums in another order: a few ulps of the loss after some steps
     assert found == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("run", [*SAVED_BY_ONE, *SAVED_BY_TWO])
+@pytest.mark.parametrize("run", SAVED)
 def test_resuming_in_the_same_layout_is_bit_identical(losses: Losses, run: str) -> None:
-    sizes = (SAVED_BY_ONE | SAVED_BY_TWO)[run][0]
+    sizes = SAVED[run][0]
     assert losses[key("resume", run, sizes)] == losses[key("save", run, sizes)][ranks.SAVE_AT :]
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize(("run", "sizes"), RESHARDED_BY_TWO + RESHARDED_BY_ONE, ids=str)
+@pytest.mark.parametrize(("run", "sizes"), RESHARDED, ids=str)
 def test_resuming_in_another_layout_goes_on_with_the_same_losses(
     losses: Losses, run: str, sizes: dict
 ) -> None:
@@ -134,11 +139,11 @@ def test_weights_alone_load_in_any_layout_and_dtype(losses: Losses) -> None:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("run", ["dp2_bf16", "dp2_overlap", "tp2_sp", "pp2_vpp2"])
+@pytest.mark.parametrize("run", ["dp2_bf16", "dp2_overlap", "tp2_sp", "pp2_vpp2", "tp2pp2"])
 def test_a_trained_checkpoint_of_any_layout_exports_the_weights_it_holds(
     losses: Losses, runs: Path, run: str, tmp_path: Path
 ) -> None:
-    dtype = SAVED_BY_TWO[run][1]
+    dtype = SAVED[run][1]
     phi4r_to_hf(runs / run, tmp_path / "hf")
     exported = HFWeights(tmp_path / "hf")
     assert exported.dtype == dtype
