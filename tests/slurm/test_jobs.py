@@ -218,10 +218,9 @@ def test_a_full_disk_is_found_by_the_check_or_ends_the_job(site: Site, small_dis
     with open(site.folder / "site.sh", "a") as file:
         file.write("export PHI4R_FREE_GIB=0\n")
     job = site.launch("sft", *SFT, "--run-dir", trained)
-    assert site.cluster.wait(job, seconds=WAIT_S)["JobState"] == "FAILED", story(trained)
-    ((how, why),) = history(trained)
-    assert how == "failed"
-    assert "No space left on device" in why
+    # There may be no room left to write down why.
+    ended = site.cluster.wait(job, seconds=WAIT_S)
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0"), story(trained)
 
 
 def test_a_recipe_that_cannot_fit_is_refused_before_submission(site: Site) -> None:
