@@ -79,8 +79,8 @@ class ModelConfig:
     """Compute and weight type. With bf16 the optimizer keeps fp32 master weights. fp64 is for proofs on CPU:
     it leaves a chaotic run nine more digits before rounding shows."""
     attention_backend: Literal["auto", "reference", "sdpa", "triton"] = "auto"
-    """Attention: "reference" is written out in fp32, "sdpa" is torch's, "triton" our kernels; "auto" takes the
-    fastest that runs here (see `phi4r doctor`)."""
+    """Attention: "reference" is written out in fp32, "sdpa" is torch's, "triton" our kernels; "auto" takes
+    the fastest that runs here (see `phi4r doctor`)."""
 
     def __post_init__(self) -> None:
         names = ", ".join(PRESETS)
@@ -546,8 +546,8 @@ class EvalSettings:
     runs: int = 8
     """Independent runs with seeds of their own. The paper: 5, and 50 for AIME 2025."""
     part: int = 0
-    """Which `runs` of a larger evaluation: those with the seeds part x runs and on. For job arrays; see `phi4r
-    merge`."""
+    """Which `runs` of a larger evaluation: those with the seeds part x runs and on. For job arrays; see
+    `phi4r merge`."""
     num_problems: int = 256
     """Problems per run, the first of the set (0: all)."""
     temperature: float = 1.0

@@ -8,6 +8,7 @@ rows, with SFT's loss and with the GRPO objective, and rank 0 writes {case: {"lo
 
 from __future__ import annotations
 
+import gc
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -214,6 +215,7 @@ def run(payload: dict[str, Any]) -> None:
     for case in cases():
         if world_size(case) == payload["world_size"]:
             results[case.name] = train(case)
+            gc.collect()  # an engine that is gone but not collected keeps its groups, and they their threads
     for name in SAMPLING_LAYOUTS:
         if ParallelConfig(**LAYOUTS[name]).world_size == payload["world_size"]:
             results[f"{name}-samples"] = sample(LAYOUTS[name])
