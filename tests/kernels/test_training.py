@@ -1,4 +1,4 @@
-"""Training with the Triton kernels, attention and head, in the interpreter, is training with the references."""
+"""Training with the Triton kernels, interpreted, attention and head, is training with the references."""
 
 from __future__ import annotations
 
