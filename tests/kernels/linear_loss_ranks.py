@@ -94,7 +94,12 @@ def run(payload: dict[str, Any]) -> dict[str, float]:
         for dtype in (torch.float32, torch.bfloat16):
             low = batch_of(dtype)
             low = replace(
-                low, **{n: v.float() for n, v in vars(low).items() if v.dim() == 1 and v.is_floating_point()}
+                low,
+                **{
+                    n: v.to(torch.float32)
+                    for n, v in vars(low).items()
+                    if v.dim() == 1 and v.is_floating_point()
+                },
             )
             assert_within_budget(share_vocabulary(low, spec, "triton"), low, spec, 0.8, False)
             errors[f"{name} kernels {dtype}"] = 0.0

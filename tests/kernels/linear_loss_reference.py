@@ -56,9 +56,9 @@ def make_batch(
     if sequence_lengths is None:
         sequence_lengths = [num_tokens]
     ids = torch.arange(len(sequence_lengths)).repeat_interleave(torch.tensor(sequence_lengths).long())
-    others = [(logp + 0.4 * normal(num_tokens)).float().double() for _ in range(3)]
+    others = [(logp + 0.4 * normal(num_tokens)).to(torch.float32).double() for _ in range(3)]
     data = [torch.rand(num_tokens, generator=random).double() * active, normal(num_tokens)]
-    weights, advantages = (value.float().double() for value in data)
+    weights, advantages = (value.to(torch.float32).double() for value in data)
     batch = Batch(hidden, weight, targets, weights, advantages, *others, ids)
     return (
         replace(batch, hidden=hidden.to(dtype), weight=weight.to(dtype)) if dtype != torch.float64 else batch

@@ -193,7 +193,9 @@ def test_the_kernels_stay_within_the_budget_of_a_plain_implementation(
     spec: LossSpec, on_policy: bool, dtype: torch.dtype
 ) -> None:
     batch = make_batch(13, 6, 133, 5, dtype=dtype, sequence_lengths=[4, 9], temperature=0.8).to(dtype)
-    batch = replace(batch, **{n: v.float() for n, v in vars(batch).items() if v.dim() == 1 and n not in IDS})
+    batch = replace(
+        batch, **{n: v.to(torch.float32) for n, v in vars(batch).items() if v.dim() == 1 and n not in IDS}
+    )
     if spec.kind == "cross_entropy" and spec.entropy_coef:
         # The reference has no such option; as a policy loss without advantages it is the same bonus.
         batch = replace(batch, advantages=torch.zeros_like(batch.advantages))
@@ -272,7 +274,7 @@ def test_rows_longer_than_a_block_and_gradients_over_the_logits_memory(vocab: in
     dtype = torch.bfloat16 if low else torch.float32
     expected = plain.logit_grad(logits.double().clone(), targets, values, 1.25, torch.float64, True)
     one, other = logits.clone(), logits.clone()
-    steps = kernels.logit_grad(one, targets, values.float(), 1.25, dtype, True)
+    steps = kernels.logit_grad(one, targets, values.to(torch.float32), 1.25, dtype, True)
     fused_values, fused = kernels.loss_and_grad(other, targets, terms, EVERYTHING, 1.25, True, dtype)
     assert steps.data_ptr() == one.data_ptr()
     assert fused.dtype == dtype
@@ -280,7 +282,7 @@ def test_rows_longer_than_a_block_and_gradients_over_the_logits_memory(vocab: in
         # A rounding of the result, and exponents of up to 30 that are right to an ulp.
         error = (found.double() - expected).abs()
         assert (error <= expected.abs() * (torch.finfo(dtype).eps / 2 + 1e-5) + 1e-12).all()
-    torch.testing.assert_close(fused_values, values.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(fused_values, values.to(torch.float32), rtol=1e-5, atol=1e-5)
 
 
 def test_a_row_does_not_depend_on_its_chunk() -> None:
@@ -417,7 +419,7 @@ def test_shapes_and_options_that_disagree_are_refused() -> None:
     policy = LossSpec(kind="policy")
     for change, message in (
         (dict(hidden_TD=batch.hidden[:, :3]), r"\(5, 3\) and weight \(9, 4\)"),
-        (dict(hidden_TD=batch.hidden.float()), "float32 and weight torch.float64"),
+        (dict(hidden_TD=batch.hidden.to(torch.float32)), "float32 and weight torch.float64"),
         (dict(targets_T=batch.targets[:3]), r"targets has shape \(3,\) for 5 tokens"),
         (dict(spec=policy), "advantages_T is missing"),
         (dict(spec=policy, advantages_T=batch.advantages[:1]), r"advantages has shape \(1,\)"),
