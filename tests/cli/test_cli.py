@@ -142,7 +142,7 @@ def test_a_dry_run_prints_settings_with_their_origin_and_the_plan_and_writes_not
     lines = [" ".join(line.split()) for line in ended.stdout.splitlines()]
     assert "tp = 2 # command line" in lines
     assert "hidden_size = 128 # preset tiny" in lines
-    assert any(line.startswith("num_steps = 800 # ") and "tiny.toml, line" in line for line in lines)
+    assert any(line.startswith("num_steps = 1000 # ") and "tiny.toml, line" in line for line in lines)
     assert "ranks 2 ranks: tp 2 (with sequence parallelism) x pp 1 x cp 1 x dp 1" in lines
     assert "tokens per step 1,024 (4 rows of 256)" in lines
     assert not folder.exists()
