@@ -55,10 +55,11 @@ def finish(words: list[str], run_dir: Path) -> None:
 
 
 def kill_after(words: list[str], run_dir: Path, num_rows: int) -> None:
-    """Start, and SIGKILL the whole process group as soon as `num_rows` steps are logged."""
+    """Start, and SIGKILL the whole process group as soon as `num_rows` steps are logged and a checkpoint,
+    which is written beside the training, is there."""
     process = start(words, run_dir)
     until = time.monotonic() + DEADLINE_S
-    while len(metrics(run_dir)) < num_rows:
+    while len(metrics(run_dir)) < num_rows or not (run_dir / "checkpoints" / "latest").exists():
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < until, "no metrics came"
         time.sleep(0.005)
