@@ -112,6 +112,7 @@ def close(found: list[float], expected: list[float]) -> None:
 
 
 @pytest.mark.multiprocess
+@pytest.mark.slow  # a quarter of an hour where other jobs run
 @pytest.mark.parametrize("run", SAVED)
 def test_resuming_in_the_same_layout_is_bit_identical(losses: Losses, run: str) -> None:
     sizes = SAVED[run][0]
@@ -119,6 +120,7 @@ def test_resuming_in_the_same_layout_is_bit_identical(losses: Losses, run: str) 
 
 
 @pytest.mark.multiprocess
+@pytest.mark.slow  # a quarter of an hour where other jobs run
 @pytest.mark.parametrize(("run", "sizes"), RESHARDED, ids=str)
 def test_resuming_in_another_layout_goes_on_with_the_same_losses(
     losses: Losses, run: str, sizes: dict
@@ -129,6 +131,7 @@ def test_resuming_in_another_layout_goes_on_with_the_same_losses(
 
 
 @pytest.mark.multiprocess
+@pytest.mark.slow  # a quarter of an hour where other jobs run
 def test_weights_alone_load_in_any_layout_and_dtype(losses: Losses) -> None:
     [expected] = losses[key("evaluate", "tp1", TP1)]
     for run, sizes in (("tp1", {"tp": 2}), ("dp2_overlap", TP1), ("pp2_vpp2", TP1)):
@@ -139,6 +142,7 @@ def test_weights_alone_load_in_any_layout_and_dtype(losses: Losses) -> None:
 
 
 @pytest.mark.multiprocess
+@pytest.mark.slow  # a quarter of an hour where other jobs run
 @pytest.mark.parametrize("run", ["dp2_bf16", "dp2_overlap", "tp2_sp", "pp2_vpp2", "tp2pp2"])
 def test_a_trained_checkpoint_of_any_layout_exports_the_weights_it_holds(
     losses: Losses, runs: Path, run: str, tmp_path: Path
@@ -161,6 +165,7 @@ def test_a_trained_checkpoint_of_any_layout_exports_the_weights_it_holds(
 
 
 @pytest.mark.multiprocess
+@pytest.mark.slow  # a quarter of an hour where other jobs run
 def test_an_error_of_writing_on_one_rank_is_raised_on_all(losses: Losses) -> None:
     assert losses[key("fail", "unwritable", {"tp": 2})] == []
 
