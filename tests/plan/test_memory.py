@@ -45,7 +45,7 @@ def test_weights_gradients_and_optimizer_state_are_predicted_to_the_byte(
         assert predicted == {name: measured[name] for name in predicted}
 
 
-# Sequence parallelism with selective recomputation at 128 tokens is predicted 12% too high: known, and left out.
+# Sequence parallelism with selective recomputation at 128 tokens is predicted 12% too high: known, left out.
 WITHIN_A_TENTH = [case for case in CASES if case.name != "tp2_sp1-odd-fp32-128-selective"]
 
 
