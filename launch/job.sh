@@ -34,11 +34,21 @@ progress() {
   echo $((10#${newest:-0}))
 }
 
-# RUN/slurm/history.tsv: time, job.restart.attempt, step, how it ended, why. `phi4r status` shows the last line.
+# RUN/slurm/history.tsv: time, job.restart.attempt, step, how it ended, why. `phi4r status` shows the last line. Where no line
+# can be written, SLURM keeps it: in the job's comment, behind the run folder.
 note() {
-  say "$1: ${2:0:500}"
+  say "$1: ${2:0:500}" 2>/dev/null
   printf '%(%FT%T%z)T\t%s\t%s\t%s\t%s\n' -1 "$job_name.$attempt" "$(progress)" "$1" "${2:0:500}" \
-    >>"$RUN/slurm/history.tsv"
+    2>/dev/null >>"$RUN/slurm/history.tsv" ||
+    scontrol update JobId="$SLURM_JOB_ID" Comment="$RUN | $1: ${2:0:500}"
+}
+
+# Whether 256 KiB more fit into the attempt's folder.
+has_room() {
+  head -c 262144 /dev/zero >"$A/room" 2>/dev/null
+  local code=$?
+  rm -f "$A/room"
+  return "$code"
 }
 
 # Counts restarts that end at the step where the one before ended, over requeues too. Fails when they are too many.
@@ -180,7 +190,7 @@ run_ranks() {
 judge() {
   local first died
   # The earliest report of a rank that did not merely lose another one.
-  first=$(for report in "$A"/error_*; do [[ -e $report ]] && echo "$(head -n 1 "$report") $report"; done |
+  first=$(for report in "$A"/error_*; do [[ -s $report ]] && echo "$(head -n 1 "$report") $report"; done |
     awk '$1 != "peer"' | sort -k 2,2n | head -n 1)
   died=$(grep -m 1 -E 'task' "$A/srun.err" | grep -vE 'Exited with exit code|launch/' | sed 's/^srun: error: //')
   if [[ -e $A/finished ]]; then
@@ -190,6 +200,9 @@ judge() {
   elif [[ -n $first ]]; then
     read -r _ _ rank node report <<<"$first"
     how=failed why="rank $rank on $node: $(sed -n 2p "$report")"
+  elif ! has_room; then # the ranks could not write down why they ended either
+    how=failed why="the disk of $A is full: $(df -h --output=avail,size,target "$A" | tail -n 1 |
+      awk '{print $1 " of " $2 " free on " $3}')"
   elif [[ -s $A/hung ]]; then
     how=hung why=$(<"$A/hung")
   elif [[ -n $died ]]; then

@@ -31,6 +31,8 @@ class Job:
     nodes: str
     run_dir: str
     """What `phi4r launch` gave as the comment: the run folder."""
+    remark: str = ""
+    """`HOW: WHY` of the last end: launch/job.sh adds it to the comment where the disk has no room for it."""
 
     @property
     def is_queued(self) -> bool:
@@ -79,6 +81,7 @@ def my_jobs() -> list[Job]:
 def _parse(line: str) -> Job:
     # "Key=value Key=value ...", where a value may hold spaces: it ends before the next " Key=".
     fields: dict[str, Any] = dict(re.findall(r"(\w[\w/:]*)=(.*?)(?= \w[\w/:]*=|$)", line))
+    run_dir, _, remark = fields.get("Comment", "").strip().partition(" | ")
     return Job(
         job_id=fields["JobId"],
         name=fields.get("JobName", ""),
@@ -87,5 +90,6 @@ def _parse(line: str) -> Job:
         restarts=int(fields.get("Restarts", "0")),
         run_time=f"{fields.get('RunTime', '?')} of {fields.get('TimeLimit', '?')}",
         nodes=fields.get("NodeList", "").replace("(null)", ""),
-        run_dir=fields.get("Comment", "").strip(),
+        run_dir=run_dir,
+        remark=remark,
     )

@@ -86,6 +86,9 @@ def facts(run_dir: Path) -> dict[str, Any]:
     end = last_end(run_dir)
     if end is not None:
         known |= {"last_end_time": end[0], "last_end": end[1], "last_end_why": end[2]}
+    if job is not None and job.remark:
+        how, _, why = job.remark.partition(": ")
+        known |= {"last_end": how, "last_end_why": why, "last_end_time": "when the disk was full"}
     owner = read_owner(run_dir / "lock.json")
     if owner is not None:
         known["writer"] = describe(owner)

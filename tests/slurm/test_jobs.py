@@ -208,7 +208,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True, timeout=60)
 
 
-def test_a_full_disk_is_found_by_the_check_or_ends_the_job(site: Site, small_disk: Path) -> None:
+def free_bytes(folder: Path) -> int:
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize
+
+
+def test_a_full_disk_is_found_by_the_check_or_ends_the_job_with_its_reason(
+    site: Site, small_disk: Path
+) -> None:
     checked, trained = small_disk / "checked", small_disk / "trained"
     job = site.launch("sft", *SFT, "--run-dir", checked)
     assert site.cluster.wait(job, seconds=WAIT_S)["JobState"] == "FAILED", story(checked)
@@ -218,9 +225,16 @@ def test_a_full_disk_is_found_by_the_check_or_ends_the_job(site: Site, small_dis
     with open(site.folder / "site.sh", "a") as file:
         file.write("export PHI4R_FREE_GIB=0\n")
     job = site.launch("sft", *SFT, "--run-dir", trained)
-    # There may be no room left to write down why.
+    wait_in_run(site, trained, "the rank", lambda: list(trained.glob("logs/latest/heartbeat_*")), WAIT_S)
+    fault = Fault(trained, "the disk of the run folder is full")
+    (small_disk / "other").write_bytes(bytes(free_bytes(small_disk)))  # somebody else's file
     ended = site.cluster.wait(job, seconds=WAIT_S)
+    fault.note("job failed saying so, and phi4r status shows it")
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0"), story(trained)
+    known = json.loads(site.phi4r("status", trained, "--json"))
+    assert known["last_end"] == "failed", known
+    # A rank's own error where there was room for it, else what the job script found.
+    assert "No space left on device" in known["last_end_why"] or "is full" in known["last_end_why"], known
 
 
 def test_a_recipe_that_cannot_fit_is_refused_before_submission(site: Site) -> None:
