@@ -1,0 +1,271 @@
+"""Sections of what samples answers and judges them: rollouts, rewards, the objective, curation."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from phi4r.configs.section_checks import at_least, between, positive, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProblemsConfig:
+    """Problems with checkable answers, for RL, curation and evaluation."""
+
+    path: str = ""
+    """JSONL or Parquet of problem + answer; a file or a folder ("": generate from `task`)."""
+    task: str = "modchain"
+    """How answers are checked, and the generator while `path` is empty: modchain, addition, countdown or
+    math."""
+    num_generated: int = 4096
+    """Problems to generate while `path` is empty."""
+    difficulty_min: int = 0
+    """Easiest generated problem (0: the task's own range)."""
+    difficulty_max: int = 0
+    """Hardest generated problem (0: the task's own range)."""
+    system_message: str = "none"
+    """System message put first: "none", "reasoning" (that of Phi-4-reasoning) or any text."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """What to do with a malformed row; skipped rows are written to rejects.jsonl in the run folder."""
+
+    def __post_init__(self) -> None:
+        at_least("problems", self, num_generated=1, difficulty_min=0, difficulty_max=0)
+        require(
+            self.difficulty_max == 0 or self.difficulty_max >= self.difficulty_min,
+            "problems.difficulty_max",
+            f"must be at least problems.difficulty_min ({self.difficulty_min}), got {self.difficulty_max}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """Sampling answers from the model that is being trained."""
+
+    engine: Literal["embedded"] = "embedded"
+    """Where samples come from: "embedded" = the trainer's own weights, in its own processes."""
+    prompts_per_step: int = 32
+    """Problems drawn per step. The paper: 64."""
+    group_size: int = 8
+    """Samples per problem, compared with each other by the advantage. The paper: 8."""
+    max_prompt_tokens: int = 64
+    """Longest prompt; longer problems are left out and counted. The paper: 1,024."""
+    max_new_tokens: int = 64
+    """Longest response. The paper: 31,744."""
+    temperature: float = 1.0
+    """Sampling temperature (log-probs are taken at the same temperature)."""
+    num_slots: int = 256
+    """Sequences decoded at once; a finished one makes room for the next. Samples do not depend on it."""
+    row_tokens: int = 256
+    """Tokens in a packed row of the training pass (at least max_prompt_tokens + max_new_tokens is taken)."""
+    top_p: float = 1.0
+    """Nucleus sampling. RL needs 1.0: a filter would bias the probability ratio."""
+    top_k: int = 0
+    """Sampling from the k likeliest tokens (0: all). RL needs 0."""
+
+    def __post_init__(self) -> None:
+        at_least(
+            "rollout",
+            self,
+            prompts_per_step=1,
+            group_size=1,
+            max_prompt_tokens=1,
+            max_new_tokens=1,
+            num_slots=1,
+            top_k=0,
+        )
+        positive("rollout", self, "temperature", "top_p")
+        require(self.top_p <= 1, "rollout.top_p", f"must be at most 1, got {self.top_p}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """The paper's length-aware reward, R = accuracy_weight x R_acc + repetition_weight x R_rep."""
+
+    max_tokens: int = 0
+    """L_max, the longest response that counts (0: rollout.max_new_tokens). The paper: 31,744."""
+    positive_tokens: int = 0
+    """L_pos: a right answer loses reward beyond this length (0: 25,600/31,744 of L_max)."""
+    negative_tokens: int = 0
+    """L_neg: a wrong answer is punished less as it approaches this length (0: 3,702/31,744 of L_max)."""
+    accuracy_weight: float = 8 / 13
+    """Weight of the accuracy part."""
+    repetition_weight: float = 1 / 13
+    """Weight of the repetition penalty."""
+    repetition_ngram: int = 5
+    """Length, in tokens, of the n-grams whose repetition is punished."""
+    repetition_threshold: int = 5
+    """An n-gram counts as repeated when it occurs more often than this."""
+    verifier_timeout_s: float = 5.0
+    """Seconds a single answer may be checked for; then its outcome is "timeout"."""
+    verifier_workers: int = 2
+    """Processes that check answers in parallel."""
+
+    def __post_init__(self) -> None:
+        at_least(
+            "reward",
+            self,
+            max_tokens=0,
+            positive_tokens=0,
+            negative_tokens=0,
+            accuracy_weight=0,
+            repetition_weight=0,
+            repetition_ngram=1,
+            repetition_threshold=1,
+            verifier_workers=1,
+        )
+        positive("reward", self, "verifier_timeout_s")
+        if self.max_tokens and self.positive_tokens:
+            require(
+                self.positive_tokens < self.max_tokens,
+                "reward.positive_tokens",
+                f"must be below reward.max_tokens ({self.max_tokens}), got {self.positive_tokens}",
+            )
+
+    def resolved(self, max_new_tokens: int) -> RewardConfig:
+        """This section with the lengths that are 0 filled in, in the paper's proportions (rounded to whole
+        tokens)."""
+        longest = self.max_tokens or max_new_tokens
+        return dataclasses.replace(
+            self,
+            max_tokens=longest,
+            positive_tokens=self.positive_tokens or max(1, round(longest * 25_600 / 31_744)),
+            negative_tokens=self.negative_tokens or max(1, round(longest * 3_702 / 31_744)),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """The GRPO objective: a clipped surrogate with group-standardised advantages, a KL and an entropy
+    term."""
+
+    clip_low: float = 0.2
+    """The probability ratio is clipped below at 1 - clip_low."""
+    clip_high: float = 0.2
+    """The probability ratio is clipped above at 1 + clip_high."""
+    dual_clip: float = 0.0
+    """Bound c > 1 on the loss of negative advantages at large ratios (0: off)."""
+    normalization: Literal["token", "sequence", "constant"] = "token"
+    """Sum over tokens / all tokens (as the paper's run), mean of per-response means (as printed), or / a
+    constant (Dr. GRPO)."""
+    kl_coef: float = 0.001
+    """Weight of the KL penalty (beta)."""
+    kl_reference: Literal["old", "ref"] = "old"
+    """KL against the policy that sampled ("old", as printed) or a frozen copy of the starting weights
+    ("ref")."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Per-token KL estimate: log ratio, half its square, or the unbiased and non-negative third."""
+    entropy_coef: float = 0.001
+    """Weight of the entropy bonus (gamma)."""
+    ratio: Literal["token", "sequence"] = "token"
+    """What is clipped: each token's probability ratio, or their geometric mean over the response (GSPO)."""
+    importance_cap: float = 0.0
+    """Weight tokens by pi_old / pi_rollout, truncated here, where the sampler computes other log-probs than
+    the trainer (0: off)."""
+    updates_per_rollout: int = 1
+    """Optimizer steps on each set of samples. 1 is strictly on-policy and needs no second log-prob pass."""
+    advantage_norm: Literal["std", "none"] = "std"
+    """Divide centred rewards by the group's population standard deviation, or only centre them."""
+    min_informative: float = 0.0
+    """Skip a step when a smaller share of its groups than this has rewards that differ."""
+
+    def __post_init__(self) -> None:
+        at_least(
+            "objective",
+            self,
+            clip_low=0,
+            clip_high=0,
+            kl_coef=0,
+            entropy_coef=0,
+            importance_cap=0,
+            updates_per_rollout=1,
+        )
+        between("objective", self, 0, 1, "min_informative")
+        require(self.clip_low < 1, "objective.clip_low", f"must be below 1, got {self.clip_low}")
+        require(
+            self.dual_clip == 0 or self.dual_clip > 1,
+            "objective.dual_clip",
+            f"must be 0 (off) or greater than 1, got {self.dual_clip}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings:
+    """Repeated evaluation runs and their statistics."""
+
+    runs: int = 8
+    """Independent runs with seeds of their own. The paper: 5, and 50 for AIME 2025."""
+    part: int = 0
+    """Which `runs` of a larger evaluation: those with the seeds part x runs and on. For job arrays; see
+    `phi4r merge`."""
+    num_problems: int = 256
+    """Problems per run, the first of the set (0: all)."""
+    temperature: float = 1.0
+    """Sampling temperature."""
+    max_new_tokens: int = 64
+    """Longest response."""
+    compare: str = ""
+    """Another checkpoint, evaluated on the same problems and compared in pairs ("": none)."""
+    bootstrap: int = 2000
+    """Resamples of problems and runs behind each interval."""
+
+    def __post_init__(self) -> None:
+        at_least("eval", self, runs=1, part=0, num_problems=0, max_new_tokens=1, bootstrap=100)
+        positive("eval", self, "temperature")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurateSettings:
+    """What is removed from a set of problems, and what is kept."""
+
+    checkpoint: str = ""
+    """The model whose pass rate measures difficulty: checkpoint, run folder or Hugging Face folder ("": not
+    measured)."""
+    heldout_path: str = ""
+    """Problems that must not leak into training: JSONL/Parquet, file or folder ("": the task's own held-out
+    set)."""
+    dedup_threshold: float = 0.8
+    """Problems whose n-gram sets overlap at least this much (Jaccard) are near-duplicates; the first is
+    kept."""
+    ngram: int = 13
+    """Words in the n-grams of decontamination; shorter held-out problems are matched whole. Phi-4: a hybrid
+    of 13 and 7."""
+    mask_numbers: bool = False
+    """Match held-out problems also with their numbers replaced; reported apart, never for pure arithmetic."""
+    max_problem_chars: int = 8192
+    """Problems with a longer text are removed."""
+    max_trace_chars: int = 131_072
+    """Problems with a longer trace are removed. The paper's traces: up to 32K tokens."""
+    num_heldout: int = 256
+    """Held-out problems to generate while `heldout_path` is empty."""
+    planted_defects: bool = True
+    """Give the generated raw pool the defects of real data (duplicates, leaks, wrong answers, bad rows)."""
+    pass_rate_k: int = 8
+    """Samples per problem behind its pass rate."""
+    pass_rate_chunk: int = 1024
+    """Problems whose pass rates are measured and saved together; the model is opened once for each chunk."""
+    band_low: float = 0.1
+    """Problems solved less often than this are too hard to teach anything."""
+    band_high: float = 0.9
+    """Problems solved more often than this are too easy."""
+    mixture: str = ""
+    """Epochs per cluster (task, or task/difficulty), as in "modchain/6=2, modchain=0.5" ("": one each)."""
+
+    def __post_init__(self) -> None:
+        at_least(
+            "curate",
+            self,
+            ngram=1,
+            pass_rate_k=1,
+            pass_rate_chunk=1,
+            num_heldout=0,
+            max_problem_chars=1,
+            max_trace_chars=1,
+        )
+        positive("curate", self, "dedup_threshold")
+        between("curate", self, 0, 1, "dedup_threshold", "band_low", "band_high")
+        require(
+            self.band_low <= self.band_high,
+            "curate.band_high",
+            f"must be at least curate.band_low ({self.band_low}), got {self.band_high}",
+        )
