@@ -16,6 +16,7 @@ from types import TracebackType
 
 import numpy as np
 
+from phi4r.data.balance import my_share
 from phi4r.data.order import epoch_order
 from phi4r.data.packing import PackedRow
 from phi4r.data.shards import ShardRow
@@ -38,8 +39,8 @@ def row_at(position: int, num_rows: int, seed: int, stream: int) -> int:
 class Loader:
     """The rows of steps `first_step` .. `last_step` - 1, in order, as a context manager.
 
-    `next` gives a step's whole list of rows, the same on all ranks; of the rows of a shard folder only those
-    with index dp_rank, dp_rank + dp, ... are read ahead, and another is read if it is touched. `deadline_s`:
+    `next` gives a step's whole list of rows, the same on all ranks; of the rows of a shard folder only this
+    rank's share (`phi4r.data.balance`) is read ahead, and another row is read if it is touched. `deadline_s`:
     seconds after which a step's rows are given up (RuntimeError). An error of the fetching thread is raised
     where its step is asked for.
     """
@@ -85,8 +86,8 @@ class Loader:
         """The rows of `step`; those of this rank have been read."""
         first = step * self.rows_per_step
         batch = [self.rows[self._row_at(first + i)] for i in range(self.rows_per_step)]
-        for row in batch[self._dp_rank :: self._dp]:
-            if isinstance(row, ShardRow):
+        for index in my_share(batch, self._dp, self._dp_rank):
+            if isinstance(row := batch[index], ShardRow):
                 row.load()
         return batch
 

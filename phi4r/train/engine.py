@@ -29,6 +29,7 @@ from phi4r_kernels.linear_loss import LinearLossResult, LossSpec
 from torch import Tensor
 
 from phi4r.configs.sections import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from phi4r.data.balance import my_share
 from phi4r.data.packing import PackedRow
 from phi4r.model.gpt import DTYPES, Phi4Model, build_model
 from phi4r.model.packed import HeadRequest, PackedContext
@@ -252,12 +253,13 @@ class Engine:
     # --- how rows reach the schedule
 
     def _share(self, rows: Sequence[PackedRow]) -> tuple[list[PackedRow], list[int]]:
-        """(rows padded with empty ones to fill all data-parallel ranks, this rank's indices)."""
+        """(rows padded with empty ones to fill all data-parallel ranks, this rank's indices, dealt so that
+        attention costs all ranks about the same)."""
         multiple = self.layout.dp * (self.layout.pp if self.layout.vpp > 1 else 1)
         padded = list(rows)
         while len(padded) % multiple:
             padded.append(empty_row(rows[0]))
-        return padded, list(range(self.layout.dp_rank, len(padded), self.layout.dp))
+        return padded, my_share(padded, self.layout.dp, self.layout.dp_rank)
 
     def _tensors(self, row: PackedRow) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """This CP rank's (input_ids, labels, position_ids, {loss_mask, extras}) of a row, on the device."""
