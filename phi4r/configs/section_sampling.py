@@ -42,8 +42,9 @@ class ProblemsConfig:
 class RolloutConfig:
     """Sampling answers from the model that is being trained."""
 
-    engine: Literal["embedded"] = "embedded"
-    """Where samples come from: "embedded" = the trainer's own weights, in its own processes."""
+    engine: Literal["embedded", "vllm"] = "embedded"
+    """Where samples come from: "embedded" = the trainer's own weights, in its own processes; "vllm" = vLLM
+    servers (section vllm), which get the weights before each step."""
     prompts_per_step: int = 32
     """Problems drawn per step. The paper: 64."""
     group_size: int = 8
@@ -62,6 +63,14 @@ class RolloutConfig:
     """Nucleus sampling. RL needs 1.0: a filter would bias the probability ratio."""
     top_k: int = 0
     """Sampling from the k likeliest tokens (0: all). RL needs 0."""
+    gap_threshold: float = 0.1
+    """A token whose log-prob differs by more than this between sampler and trainer, in nats, is counted as
+    far."""
+    gap_alarm: float = 0.05
+    """A mean difference between the sampler's and the trainer's log-probs, in nats per token, that raises an
+    alarm."""
+    on_gap_alarm: Literal["warn", "stop"] = "warn"
+    """What an alarm does: a line on the console, or the end of the run before the step is saved."""
 
     def __post_init__(self) -> None:
         at_least(
@@ -74,7 +83,7 @@ class RolloutConfig:
             num_slots=1,
             top_k=0,
         )
-        positive("rollout", self, "temperature", "top_p")
+        positive("rollout", self, "temperature", "top_p", "gap_threshold", "gap_alarm")
         require(self.top_p <= 1, "rollout.top_p", f"must be at most 1, got {self.top_p}")
 
 
@@ -164,8 +173,14 @@ class ObjectiveConfig:
     the trainer (0: off)."""
     updates_per_rollout: int = 1
     """Optimizer steps on each set of samples. 1 is strictly on-policy and needs no second log-prob pass."""
-    advantage_norm: Literal["std", "none"] = "std"
-    """Divide centred rewards by the group's population standard deviation, or only centre them."""
+    advantage_norm: Literal["std", "none", "batch"] = "std"
+    """Divide centred rewards by the group's population standard deviation, not at all (Dr. GRPO), or by that
+    of the whole step (REINFORCE++)."""
+    group_keep: int = 0
+    """Compare only this many samples of each group, chosen by group_filter (GFPO); the others get no
+    advantage (0: compare all)."""
+    group_filter: Literal["length", "efficiency"] = "length"
+    """What group_keep keeps: the shortest responses, or those of the highest reward per token."""
     min_informative: float = 0.0
     """Skip a step when a smaller share of its groups than this has rewards that differ."""
 

@@ -25,6 +25,7 @@ from phi4r.configs.section_training import (
     TokenizerConfig,
     TrainConfig,
 )
+from phi4r.configs.section_vllm import VLLMConfig
 
 __all__ = [
     "CheckpointConfig",
@@ -42,5 +43,6 @@ __all__ = [
     "RolloutConfig",
     "TokenizerConfig",
     "TrainConfig",
+    "VLLMConfig",
     "require",
 ]

@@ -21,6 +21,7 @@ from phi4r.configs.sections import (
     RolloutConfig,
     TokenizerConfig,
     TrainConfig,
+    VLLMConfig,
     require,
 )
 
@@ -130,6 +131,7 @@ class RLConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     problems: ProblemsConfig = field(default_factory=ProblemsConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -146,6 +148,12 @@ class RLConfig:
             rollout.group_size >= 2,
             "rollout.group_size",
             f"must be at least 2 for RL (advantages compare samples of one group), got {rollout.group_size}",
+        )
+        keep = self.objective.group_keep
+        require(
+            keep == 0 or 2 <= keep <= rollout.group_size,
+            "objective.group_keep",
+            f"must be 0 (all) or lie between 2 and rollout.group_size ({rollout.group_size}), got {keep}",
         )
         bias = "must be {} for RL (a filtered sampler is not the policy, which biases the ratio), got {}"
         require(rollout.top_p == 1.0, "rollout.top_p", bias.format("1.0", rollout.top_p))

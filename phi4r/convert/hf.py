@@ -69,7 +69,7 @@ def main(direction: Direction, src: str | Path, dst: str | Path, parallel: Any =
 
 
 @contextmanager
-def _new_folder(dst: Path) -> Iterator[Path]:
+def new_folder(dst: Path) -> Iterator[Path]:
     """A temporary folder that becomes `dst` when the block ends without an error, and is deleted
     otherwise.
     """
@@ -108,7 +108,7 @@ def hf_to_phi4r(src: Path, dst: Path) -> None:
     # Files count, not what the config says of them: nothing is cast.
     model = replace(model, dtype=weights.dtype)
     table = weight_table(model)
-    with _new_folder(dst) as folder, torch.no_grad(), _progress(len(table)) as progress:
+    with new_folder(dst) as folder, torch.no_grad(), _progress(len(table)) as progress:
         writer = StreamWriter(folder / DIST, model.num_layers)
         for done, weight in enumerate(table, start=1):
             writer.write(weight, to_mcore(weight, weights.get_tensor(weight.hf)))
@@ -155,7 +155,7 @@ def phi4r_to_hf(src: Path, dst: Path, max_shard_bytes: int = SHARD_BYTES) -> Non
     shards = plan_shards([(weight.hf, weight.shape) for weight in table], dtype, max_shard_bytes)
     by_name = {weight.hf: weight for weight in table}
     weight_map = {}
-    with _new_folder(dst) as folder, torch.no_grad(), _progress(len(table)) as progress:
+    with new_folder(dst) as folder, torch.no_grad(), _progress(len(table)) as progress:
         for file_name, shard in zip(shard_names(len(shards)), shards, strict=True):
             with ShardWriter(folder / file_name, shard, dtype) as writer:
                 for name, _ in shard:

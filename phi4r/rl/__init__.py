@@ -4,7 +4,8 @@
     rewards.py      the paper's reward, part by part (no torch)
     advantages.py   rewards of a group -> advantages (numpy)
     objective.py    log-probs and advantages -> loss sum (torch, pure functions)
-    rollout.py      sampling from the trainer's own weights
+    rollout.py      sampling from the trainer's own weights, and what an engine has to offer
+    vllm/           sampling on vLLM servers; sampler.py opens the engine that a run asks for
     train.py        the loop, on one screen
 
 Rewards, advantages and the objective are pure functions of arrays and know nothing of models, ranks or files.

@@ -19,7 +19,13 @@ from phi4r_kernels.linear_loss import LinearLossResult, LossSpec
 from torch import Tensor
 
 from phi4r.data.packing import Document
-from phi4r.rl.objective import Normalization, ObjectiveSettings, normalization_weights, token_loss
+from phi4r.rl.objective import (
+    MAX_LOG_RATIO,
+    Normalization,
+    ObjectiveSettings,
+    normalization_weights,
+    token_loss,
+)
 from phi4r.rl.types import Sample
 from phi4r.train.engine import RowTensors, TokenLoss
 
@@ -83,12 +89,33 @@ def loss_spec(settings: ObjectiveSettings) -> LossSpec:
     )
 
 
-def grpo_loss(settings: ObjectiveSettings, *, on_policy: bool) -> TokenLoss:
+def rollout_gap_sums(
+    trainer_logprobs_T: Tensor, rollout_logprobs_T: Tensor, threshold: float
+) -> dict[str, Tensor]:
+    """Sums over sampled tokens of how the trainer's and the sampler's log-probs differ, d_t = log pi_trainer
+    - log pi_rollout, w_t = exp(d_t):
+
+    `logprob_gap` sum |d_t|, `max_logprob_gap` max |d_t|, `logprob_far` tokens with |d_t| > threshold,
+    `rollout_weight` sum w_t and `rollout_weight_squared` sum w_t^2, for the effective sample size.
+    """
+    log_ratio_T = (trainer_logprobs_T - rollout_logprobs_T).double()
+    gap_T = log_ratio_T.abs()
+    weight_T = log_ratio_T.clamp(max=MAX_LOG_RATIO).exp()
+    return {
+        "logprob_gap": gap_T.sum(),
+        "max_logprob_gap": gap_T.max() if len(gap_T) else gap_T.sum(),
+        "logprob_far": (gap_T > threshold).sum(),
+        "rollout_weight": weight_T.sum(),
+        "rollout_weight_squared": weight_T.square().sum(),
+    }
+
+
+def grpo_loss(settings: ObjectiveSettings, *, on_policy: bool, gap_threshold: float = 0.1) -> TokenLoss:
     """The objective of `rl.objective` over a row that carries the extras above.
 
     on_policy: the weights have not moved since sampling, so the ratio is 1 by definition and no old log-probs
-    are needed. Beside the objective's sums it reports `logprob_gap` (sum of |policy - rollout| log-probs) and
-    `max_logprob_gap`.
+    are needed. Beside the objective's sums it reports how far the sampler is from the trainer at the weights
+    that sampled: `rollout_gap_sums`.
     """
 
     def terms(row: RowTensors) -> dict[str, Tensor]:
@@ -111,7 +138,9 @@ def grpo_loss(settings: ObjectiveSettings, *, on_policy: bool) -> TokenLoss:
             rollout_logprobs_T=row["rollout_logprobs"],
             sequence_log_ratio_T=result.log_ratio_T,
         )
-        gap_T = (result.logprobs_T - row["rollout_logprobs"]).abs() * (row["weights"] != 0)
-        return row["counts"].sum(), {**sums, "logprob_gap": gap_T.sum(), "max_logprob_gap": gap_T.max()}
+        sampled_by_T = result.logprobs_T if on_policy else row["old_logprobs"]
+        active_T = row["weights"] != 0
+        gaps = rollout_gap_sums(sampled_by_T[active_T], row["rollout_logprobs"][active_T], gap_threshold)
+        return row["counts"].sum(), {**sums, **gaps}
 
     return TokenLoss(loss_spec(settings), terms, report)

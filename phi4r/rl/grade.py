@@ -9,7 +9,7 @@ import numpy as np
 from phi4r.configs.sections import ObjectiveConfig, RewardConfig
 from phi4r.data.records import Problem
 from phi4r.data.tokenizer import Tokenizer
-from phi4r.rl.advantages import Advantages, group_advantages
+from phi4r.rl.advantages import Advantages, filtered_advantages, group_advantages, kept_by_filter
 from phi4r.rl.rewards import RewardParts, compute_reward
 from phi4r.rl.rollout import Completion
 from phi4r.rl.types import Sample, Trajectory
@@ -37,6 +37,7 @@ def to_samples(
                 logprobs=np.asarray(completion.logprobs, dtype=np.float32),
                 finished=completion.finished,
                 text=tokenizer.decode(text_tokens),
+                policy_version=completion.version,
             )
         )
     return samples
@@ -71,7 +72,12 @@ def to_trajectories(
 ) -> tuple[list[Trajectory], Advantages]:
     """Trajectories with their group's advantages, and the groups' report."""
     totals = np.array([reward.total for reward in rewards]).reshape(-1, group_size)
-    groups = group_advantages(totals, objective.advantage_norm)
+    if objective.group_keep:
+        lengths = np.array([sample.num_tokens for sample in samples]).reshape(-1, group_size)
+        kept = kept_by_filter(totals, lengths, objective.group_keep, objective.group_filter)
+        groups = filtered_advantages(totals, kept, objective.advantage_norm)
+    else:
+        groups = group_advantages(totals, objective.advantage_norm)
     trajectories = [
         Trajectory(
             sample=sample,

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from phi4r.model.kv_cache import KVCache
 from phi4r.model.packed import HeadRequest, PackedContext
 from phi4r.parallel.attempt import beat
+from phi4r.parallel.layout import Layout
 from phi4r.train.engine import Engine
 
 PREFILL_TOKENS = 2048
@@ -51,11 +53,13 @@ class SampleRequest:
 @dataclass(frozen=True)
 class Completion:
     """tokens: sampled ids, the end token included where one came; logprobs: float32 [len(tokens)], natural
-    log; finished: False where max_new_tokens ended it."""
+    log; finished: False where max_new_tokens ended it; version: optimizer steps behind the weights that
+    sampled every one of the tokens."""
 
     tokens: list[int]
     logprobs: list[float]
     finished: bool
+    version: int = 0
 
 
 @dataclass
@@ -102,6 +106,21 @@ def draw_tokens(logits_BV: Tensor, uniforms_B: Tensor, options: SamplingOptions)
     return tokens_B, logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
 
 
+class RolloutEngine(Protocol):
+    """What the GRPO loop needs of an engine. All ranks call, with the same arguments."""
+
+    @property
+    def layout(self) -> Layout:
+        """This rank's place."""
+
+    def sync(self, version: int) -> dict[str, float]:
+        """Sample from now on with the trainer's weights as they are, after `version` optimizer steps; returns
+        metrics."""
+
+    def generate(self, requests: Sequence[SampleRequest], options: SamplingOptions) -> list[Completion]:
+        """Completions of `requests`, in order, on every rank."""
+
+
 class EmbeddedEngine:
     """Samples with the weights of `engine`. stop_ids: token ids that end a sequence; num_slots: sequences
     decoded at once on each model copy; samples do not depend on it."""
@@ -110,6 +129,12 @@ class EmbeddedEngine:
         self.engine, self.layout = engine, engine.layout
         self.stop_ids = frozenset(stop_ids)
         self.num_slots = num_slots
+        self.version = 0
+
+    def sync(self, version: int) -> dict[str, float]:
+        """Nothing has to move: the weights are the trainer's own."""
+        self.version = version
+        return {}
 
     @torch.no_grad()
     def generate(
@@ -190,7 +215,7 @@ class EmbeddedEngine:
             if not finished and len(sequence.tokens) < options.max_new_tokens:
                 slot += 1
                 continue
-            done[sequence.index] = Completion(sequence.tokens, sequence.logprobs, finished)
+            done[sequence.index] = Completion(sequence.tokens, sequence.logprobs, finished, self.version)
             last = live.pop()
             if slot < len(live):
                 live[slot] = last

@@ -3,10 +3,11 @@
 A file appears whole or not at all, and writing a step again replaces it: a resumed run leaves the same
 files as an uninterrupted one. A row has
 
-    step, prompt_index, sample_index, problem_id, prompt, text, tokens, num_tokens, finished, outcome,
-    answer, gold, reward, reward_parts {...}, advantage, rollout_logprob_mean
+    step, prompt_index, sample_index, problem_id, prompt, text, tokens, num_tokens, finished,
+    policy_version, outcome, answer, gold, reward, reward_parts {...}, advantage, rollout_logprob_mean
 
-where `text` is the response as decoded, `outcome` the verifier's (correct, wrong, no_answer, timeout,
+where `policy_version` counts the optimizer steps behind the weights that sampled the row's tokens, all of
+them, `text` is the response as decoded, `outcome` the verifier's (correct, wrong, no_answer, timeout,
 error) and `rollout_logprob_mean` the sampler's mean log-prob per response token, in nats.
 """
 

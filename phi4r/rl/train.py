@@ -1,11 +1,11 @@
 """GRPO on verifiable problems (reference section 4): the loop that made Phi-4-reasoning-plus.
 
-    draw prompts -> roll out group_size samples -> verify and reward -> advantages -> reference log-probs
-    -> packed rows -> one or more optimizer steps -> log
+    give the sampler the weights -> draw prompts -> roll out group_size samples -> verify and reward ->
+    advantages -> reference log-probs -> packed rows -> one or more optimizer steps -> log
 
-Rollouts come from the trainer's own weights, so nothing has to be synchronised. With one update per rollout
-the policy that is trained is the policy that sampled, the ratio is 1 by definition, and no pass for old
-log-probs is run.
+Every sample of a step comes from the weights that the step begins with. With one update per rollout the
+policy that is trained is the policy that sampled, the ratio is 1 by definition, and no pass for old log-probs
+is run; where the sampler is another program, `objective.importance_cap` weighs what its log-probs differ by.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from phi4r.configs.sections import RolloutConfig
 from phi4r.configs.stages import RLConfig
 from phi4r.console import say
 from phi4r.data.order import epoch_order, items_of_step
@@ -27,8 +28,9 @@ from phi4r.rl.advantages import Advantages
 from phi4r.rl.batch import grpo_loss, response_documents, with_extra
 from phi4r.rl.grade import grade, to_samples, to_trajectories
 from phi4r.rl.problems import load_run_problems
-from phi4r.rl.rollout import EmbeddedEngine, SampleRequest, SamplingOptions
+from phi4r.rl.rollout import RolloutEngine, SampleRequest, SamplingOptions
 from phi4r.rl.rollout_log import write_rollouts
+from phi4r.rl.sampler import open_sampler
 from phi4r.rl.types import Trajectory
 from phi4r.train.engine import Engine, StepResult
 from phi4r.train.loop import open_loop
@@ -49,7 +51,6 @@ def main(cfg: RLConfig, run_dir: Path) -> None:
         problems, prompts = load_run_problems(cfg.problems, cfg.rollout, tokenizer, cfg.seed, run_dir, layout)
         policy = Engine(model, cfg.parallel, layout, cfg.train, cfg.optimizer)
         reference = open_frozen(policy, cfg.parallel, cfg.init, cfg.seed)
-        sampler = EmbeddedEngine(policy, tokenizer.eos_ids, cfg.rollout.num_slots)
         say(
             f"rl: {model.num_parameters:,} parameters on {layout.world_size} rank(s),"
             f" {len(problems):,} problems"
@@ -57,12 +58,15 @@ def main(cfg: RLConfig, run_dir: Path) -> None:
         with (
             VerifierPool(cfg.reward.verifier_workers, cfg.reward.verifier_timeout_s) as verifier,
             open_loop(cfg, run_dir, policy, tokenizer, "rl") as loop,
+            open_sampler(cfg, policy, tokenizer.eos_ids, prompts, run_dir) as sampler,
         ):
             for step in loop.steps():
                 loop.begin_step()
                 drawn = items_of_step(
                     len(problems), cfg.seed, PROMPT_STREAM, step, cfg.rollout.prompts_per_step
                 )
+                loop.clock.phase("sync")
+                synced = sampler.sync(step)
                 loop.clock.phase("rollout")
                 trajectories, groups = roll_out(
                     cfg,
@@ -75,10 +79,11 @@ def main(cfg: RLConfig, run_dir: Path) -> None:
                 )
                 if layout.is_main:
                     write_rollouts(run_dir, step + 1, (t.record(step + 1, tokenizer) for t in trajectories))
-                metrics = rollout_metrics(trajectories, groups)
+                metrics = rollout_metrics(trajectories, groups) | synced
                 informative = groups.informative_share >= cfg.objective.min_informative
                 loop.clock.phase("train")
                 metrics |= update(cfg, policy, reference, trajectories, step, informative, loop.check_finite)
+                check_gap(cfg.rollout, metrics, step + 1)
                 shown: dict[str, Any] = {
                     k: metrics[k] for k in ("reward", "accuracy", "response_length", "loss") if k in metrics
                 }
@@ -87,7 +92,7 @@ def main(cfg: RLConfig, run_dir: Path) -> None:
 
 def roll_out(
     cfg: RLConfig,
-    sampler: EmbeddedEngine,
+    sampler: RolloutEngine,
     verifier: VerifierPool,
     tokenizer: Tokenizer,
     problems: Sequence[Problem],
@@ -139,7 +144,7 @@ def update(
     on_policy = num_updates == 1
     if not on_policy:
         documents = add_logprobs(documents, "old_logprobs", policy, length, temperature)
-    loss = grpo_loss(objective, on_policy=on_policy)
+    loss = grpo_loss(objective, on_policy=on_policy, gap_threshold=cfg.rollout.gap_threshold)
     lr = learning_rate(cfg.optimizer, step, cfg.train.num_steps)
     results = []
     for part in deal(documents, num_updates, cfg.seed, step):
@@ -202,7 +207,8 @@ def rollout_metrics(trajectories: Sequence[Trajectory], groups: Advantages) -> d
 
 def update_metrics(results: Sequence[StepResult]) -> dict[str, Any]:
     """The objective's metrics over the updates of a step: per-token means, and means of losses and gradient
-    norms."""
+    norms. `effective_sample_share` is (sum w)^2 / (n sum w^2) of w = pi_trainer / pi_rollout: 1 where sampler
+    and trainer agree."""
     totals = {name: sum(r.sums[name] for r in results) for name in results[0].sums}
     num_tokens = max(totals["num_tokens"], 1.0)
     per_token = (
@@ -215,11 +221,31 @@ def update_metrics(results: Sequence[StepResult]) -> dict[str, Any]:
         "dual_clipped",
         "logprob_gap",
     )
+    weight, squared = totals["rollout_weight"], totals["rollout_weight_squared"]
     return {
         "loss": float(np.mean([r.loss for r in results])),
         "grad_norm": float(np.mean([r.grad_norm for r in results])),
         **{name: totals[name] / num_tokens for name in per_token},
         "max_logprob_gap": max(r.sums["max_logprob_gap"] for r in results),
+        "logprob_far_share": totals["logprob_far"] / num_tokens,
+        "effective_sample_share": weight**2 / max(squared * num_tokens, 1e-12),
         "num_valid_tokens": int(totals["num_tokens"]),
         "skipped": sum(not r.applied for r in results),
     }
+
+
+def check_gap(rollout: RolloutConfig, metrics: dict[str, Any], step: int) -> None:
+    """Raise the alarm where sampler and trainer are too far apart: adds `gap_alarm` to the metrics. Raises
+    RuntimeError where the run is to stop."""
+    gap = metrics["logprob_gap"]
+    metrics["gap_alarm"] = int(not gap <= rollout.gap_alarm)
+    if not metrics["gap_alarm"]:
+        return
+    text = (
+        f"step {step}: the sampler's log-probs differ from the trainer's by {gap:.4g} nats a token on average"
+        f" (at most {metrics['max_logprob_gap']:.4g}, {metrics['logprob_far_share']:.1%} of tokens by more"
+        f" than {rollout.gap_threshold:g}); rollout.gap_alarm = {rollout.gap_alarm:g}"
+    )
+    if rollout.on_gap_alarm == "stop":
+        raise RuntimeError(text)
+    say(f"rl: warning: {text}")

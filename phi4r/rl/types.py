@@ -26,7 +26,8 @@ class Sample:
     `prompt_tokens` int32 [p] with the generation prompt; `tokens` int32 [n], the response with its EOS if
     it has one; `logprobs` float32 [n], the sampler's log-probability of each response token under the
     sampling distribution (before any top-p or top-k filter, at the rollout's temperature); `finished`: an
-    EOS was sampled before the limit; `text`: the decoded response, think tags included, EOS not.
+    EOS was sampled before the limit; `text`: the decoded response, think tags included, EOS not;
+    `policy_version`: optimizer steps behind the weights that sampled every one of its tokens.
     """
 
     prompt_index: int
@@ -36,6 +37,7 @@ class Sample:
     logprobs: npt.NDArray[np.float32]
     finished: bool
     text: str
+    policy_version: int = 0
 
     def __post_init__(self) -> None:
         assert len(self.tokens) == len(self.logprobs), "every response token has a log-probability"
@@ -69,6 +71,7 @@ class Trajectory:
             "tokens": sample.tokens.tolist(),
             "num_tokens": sample.num_tokens,
             "finished": sample.finished,
+            "policy_version": sample.policy_version,
             "outcome": self.verdict.outcome,
             "answer": self.verdict.answer or "",
             "gold": self.problem.answer,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import json
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from phi4r.configs.sections import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from phi4r.convert.live import export_live
 from phi4r.data.packing import Document, PackedRow, pack
 from phi4r.model.names import load_weights, random_weights
 from phi4r.model.packed import PackedContext
@@ -208,6 +210,16 @@ def sample(parallel_settings: dict[str, Any]) -> list[list[int]]:
     return [completion.tokens for completion in completions]
 
 
+def export(parallel_settings: dict[str, Any], folder: Path) -> dict[str, str]:
+    """SHA-256 of the files of a Hugging Face folder written from live weights, in shards of a few tensors."""
+    parallel = ParallelConfig(**parallel_settings)
+    layout = init_layout(parallel)
+    engine = Engine(MODEL, parallel, layout, TrainConfig())
+    load_weights(engine.models, MODEL, random_weights(MODEL, 7), layout.tp_rank, layout.tp)
+    export_live(engine.chunks, MODEL, layout, folder, (3, 4), None, max_shard_bytes=20_000)
+    return {path.name: sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*"))}
+
+
 def run(payload: dict[str, Any]) -> None:
     """Train and sample in every layout of this job's world size; rank 0 writes the results to
     payload["out"]."""
@@ -219,5 +231,6 @@ def run(payload: dict[str, Any]) -> None:
     for name in SAMPLING_LAYOUTS:
         if ParallelConfig(**LAYOUTS[name]).world_size == payload["world_size"]:
             results[f"{name}-samples"] = sample(LAYOUTS[name])
+            results[f"{name}-export"] = export(LAYOUTS[name], Path(payload["out"]).parent / name)
     if torch.distributed.get_rank() == 0:
         Path(payload["out"]).write_text(json.dumps(results))

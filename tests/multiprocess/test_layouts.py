@@ -82,6 +82,15 @@ def test_layout_samples_the_tokens_of_one_process(results: dict[str, list[list[i
     assert results[f"{layout}-samples"] == reference
 
 
+@pytest.mark.parametrize("layout", layouts.SAMPLING_LAYOUTS[1:])
+def test_live_weights_are_exported_as_those_of_one_process(
+    results: dict[str, dict[str, str]], layout: str
+) -> None:
+    reference = results["tp1-export"]
+    assert len([name for name in reference if name.endswith(".safetensors")]) > 2
+    assert results[f"{layout}-export"] == reference
+
+
 @pytest.mark.parametrize("case", [c for c in layouts.cases() if c.bug], ids=lambda c: c.name)
 def test_the_matrix_sees_planted_bugs(results: Results, case: layouts.Case) -> None:
     assert deviation(results, case, "grad_norm") > 1e-3

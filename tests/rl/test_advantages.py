@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from phi4r.rl.advantages import group_advantages
+from phi4r.rl.advantages import filtered_advantages, group_advantages, kept_by_filter
 
 REWARDS = arrays(
     np.float64,
@@ -66,3 +68,41 @@ def test_bad_input_is_refused() -> None:
         group_advantages([[1.0, float("nan")]])
     with pytest.raises(ValueError, match="'var'"):
         group_advantages([[1.0, 2.0]], "var")  # type: ignore[arg-type]
+
+
+def test_batch_divides_by_the_standard_deviation_of_all_centred_rewards() -> None:
+    result = group_advantages([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0], [1.0] * 4], norm="batch")
+    centred = np.array([[0.75, -0.25, -0.25, -0.25], [0.5, 0.5, -0.5, -0.5], [0.0] * 4])
+    expected = centred / np.sqrt((0.5625 + 3 * 0.0625 + 4 * 0.25) / 12)
+    np.testing.assert_allclose(result.advantages, expected, rtol=1e-15)
+    assert result.informative.tolist() == [True, True, False]
+    assert not group_advantages([[1.0, 1.0]], norm="batch").advantages.any()
+
+
+def test_a_filter_keeps_the_shortest_or_the_best_per_token_and_the_first_of_equals() -> None:
+    rewards, lengths = [[1.0, 1.0, 0.0, 1.0]], [[40, 10, 5, 10]]
+    assert kept_by_filter(rewards, lengths, 2, "length").tolist() == [[False, True, True, False]]
+    assert kept_by_filter(rewards, lengths, 2, "efficiency").tolist() == [[False, True, False, True]]
+    assert kept_by_filter(rewards, [[7, 7, 7, 7]], 3, "length").tolist() == [[True, True, True, False]]
+    for keep in (1, 5):
+        with pytest.raises(ValueError, match="between 2 and the group's 4"):
+            kept_by_filter(rewards, lengths, keep, "length")
+
+
+@given(REWARDS, st.randoms(use_true_random=False))
+def test_filtered_advantages_are_those_of_the_kept_alone_and_zero_elsewhere(
+    rewards: np.ndarray, random: Random
+) -> None:
+    if rewards.shape[1] < 2:
+        return
+    keep = random.randint(2, rewards.shape[1])
+    lengths = np.array([[random.randint(1, 50) for _ in group] for group in rewards])
+    kept = kept_by_filter(rewards, lengths, keep, "length")
+    for norm in ("std", "none", "batch"):
+        result = filtered_advantages(rewards, kept, norm)
+        assert not result.advantages[~kept].any()
+        alone = group_advantages([group[chosen] for group, chosen in zip(rewards, kept, strict=True)], norm)
+        np.testing.assert_array_equal(result.advantages[kept], alone.advantages.ravel())
+        assert result.informative.tolist() == alone.informative.tolist()
+        if keep == rewards.shape[1]:
+            np.testing.assert_array_equal(result.advantages, group_advantages(rewards, norm).advantages)

@@ -1,0 +1,33 @@
+"""`phi4r rl RECIPE --explain`: the objective in force, as formulas with its numbers."""
+
+from __future__ import annotations
+
+from phi4r.configs.stages import RLConfig
+from phi4r.console import say
+from phi4r.rl.objective import formula
+
+
+def explain(cfg: RLConfig) -> str:
+    """What a step minimises: advantages from rewards, then the loss; one definition a line."""
+    size, objective = cfg.rollout.group_size, cfg.objective
+    centred = f"R_i - mean(R_1 .. R_{size})"
+    if objective.group_keep:
+        centred = "R_i - mean(R kept)"
+    spread = {"std": "std(R kept)" if objective.group_keep else f"std(R_1 .. R_{size})", "none": "",
+              "batch": "std(all centred R of the step)"}[objective.advantage_norm]  # fmt: skip
+    advantage = f"({centred}) / {spread}" if spread else centred
+    if objective.group_keep:
+        best = {"length": "shortest", "efficiency": "best by reward per token"}[objective.group_filter]
+        advantage += f" for the {objective.group_keep} {best} of {size}, 0 for the others"
+    policies = [
+        "pi: the policy; pi_old: the weights that sampled"
+        + (" (one update per rollout: pi_old = pi, r_t = 1)" if objective.updates_per_rollout == 1 else ""),
+        f"samples: {cfg.rollout.prompts_per_step} prompts x {size}, from the {cfg.rollout.engine} engine at"
+        f" temperature {cfg.rollout.temperature:g}",
+    ]
+    return "\n".join([*policies, f"A_t = {advantage}", formula(objective)])
+
+
+def main(cfg: RLConfig) -> None:
+    """Print it."""
+    say(explain(cfg))

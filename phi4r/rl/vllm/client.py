@@ -1,0 +1,140 @@
+"""One vLLM server over HTTP: sampling by token ids, loading weights, saying what it holds.
+
+POST /inference/v1/generate       tokens in, tokens out (--tokens-only)
+POST /collective_rpc              reload_weights on every worker (VLLM_SERVER_DEV_MODE=1, as all below)
+POST /reset_prefix_cache          without it, cached keys and values of older weights would be used
+POST /update_weight_version       a label, returned with every token
+POST /weight_checker              SHA-256 of each parameter
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+import tenacity
+from numpy.random import SeedSequence
+
+from phi4r.configs.sections import VLLMConfig
+from phi4r.errors import UserError
+from phi4r.rl.rollout import Completion, SampleRequest, SamplingOptions
+
+HEALTH_TIMEOUT_S = 30.0
+BUSY = (429, 503)
+
+
+class ServerError(Exception):
+    """A server failed, hangs or holds the wrong weights: what it was asked for is to be asked elsewhere."""
+
+
+def seed_of(key: tuple[int, ...]) -> int:
+    """The seed, 63 bits, of the sample named by the counters `key`."""
+    return int(SeedSequence(list(key)).generate_state(1, "uint64")[0] >> 1)
+
+
+class Client:
+    """The endpoints of the server at `url`. `http` is shared by the clients of one event loop."""
+
+    def __init__(self, http: httpx.AsyncClient, url: str, config: VLLMConfig) -> None:
+        self.http, self.url, self.config = http, url, config
+
+    async def _call(self, method: str, path: str, timeout_s: float, **options: Any) -> httpx.Response:
+        """A call that is repeated while the server says it is busy. ServerError where the server fails,
+        UserError where it refuses."""
+        busy = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_result(lambda response: response.status_code in BUSY),
+            wait=tenacity.wait_random_exponential(multiplier=0.1, max=5.0),
+            stop=tenacity.stop_after_delay(min(timeout_s, 60.0)),
+            retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
+        )
+        response: httpx.Response
+        try:
+            response = await busy(self.http.request, method, self.url + path, timeout=timeout_s, **options)
+        except httpx.TimeoutException:
+            raise ServerError(f"{self.url}{path} did not answer within {timeout_s:g} s") from None
+        except httpx.TransportError as error:
+            raise ServerError(f"{self.url}{path}: {type(error).__name__} {error}") from None
+        if response.status_code in (403, 404):
+            raise UserError(
+                f"{self.url}{path} is not served (HTTP {response.status_code}): start vLLM with"
+                " VLLM_SERVER_DEV_MODE=1 and --tokens-only"
+            )
+        if 400 <= response.status_code < 500 and response.status_code not in BUSY:
+            raise UserError(f"{self.url}{path} refused the request: {response.text[:500]}")
+        if response.status_code != 200:
+            raise ServerError(f"{self.url}{path}: HTTP {response.status_code} {response.text[:300]}")
+        return response
+
+    async def is_healthy(self) -> bool:
+        """Whether the server answers and its engine lives."""
+        try:
+            response = await self.http.get(self.url + "/health", timeout=HEALTH_TIMEOUT_S)
+        except httpx.TransportError:
+            return False
+        return response.status_code == 200
+
+    async def generate(
+        self, request: SampleRequest, options: SamplingOptions, stop_ids: list[int], version: int
+    ) -> Completion:
+        """Sample one response. ServerError unless every token of it was sampled by the weights `version`."""
+        body = {
+            "token_ids": list(request.prompt_tokens),
+            "sampling_params": {
+                "n": 1,
+                "max_tokens": options.max_new_tokens,
+                "temperature": options.temperature,
+                "top_p": options.top_p,
+                "top_k": options.top_k,
+                "min_p": 0.0,
+                "repetition_penalty": 1.0,
+                "presence_penalty": 0.0,
+                "frequency_penalty": 0.0,
+                "seed": seed_of(request.key),
+                "stop_token_ids": stop_ids,
+                "ignore_eos": True,  # what ends a response is in stop_token_ids
+                "logprobs": 0,
+                "detokenize": False,
+            },
+        }
+        timeout_s = self.config.request_timeout_s
+        response = await self._call("POST", "/inference/v1/generate", timeout_s, json=body)
+        return self._completion(response.json()["choices"][0], stop_ids, version)
+
+    def _completion(self, choice: dict[str, Any], stop_ids: list[int], version: int) -> Completion:
+        reason, tokens = choice["finish_reason"], choice["token_ids"]
+        if reason not in ("stop", "length"):
+            raise ServerError(f"{self.url}: a response ended by {reason!r}")
+        content = choice["logprobs"]["content"]
+        if [entry["token_id"] for entry in content] != tokens:
+            raise ServerError(f"{self.url}: log-probs are not those of the tokens")
+        spans = choice.get("weight_versions") or []
+        if [(span["version"], span["start"], span["end"]) for span in spans] != [
+            (str(version), 0, len(tokens))
+        ]:
+            raise ServerError(f"{self.url}: a response was sampled by weights {spans}, expected {version}")
+        finished = reason == "stop"
+        if finished != (tokens[-1] in stop_ids):
+            raise ServerError(f"{self.url}: a response ended by {reason!r} with token {tokens[-1]}")
+        return Completion(tokens, [entry["logprob"] for entry in content], finished, version)
+
+    async def load(self, folder: Path, version: int) -> None:
+        """Replace the weights by those of `folder`, forget cached keys and values, and set the label last."""
+        timeout_s = self.config.sync_timeout_s
+        rpc = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}, "timeout": timeout_s}
+        await self._call("POST", "/collective_rpc", timeout_s, json=rpc)
+        reset = (await self._call("POST", "/reset_prefix_cache", timeout_s)).json()
+        if not reset["success"]:
+            raise ServerError(f"{self.url}: the prefix cache could not be reset (requests still run)")
+        await self.label(version)
+
+    async def label(self, version: int) -> None:
+        """Name the weights that the server holds."""
+        body = {"new_version": str(version)}
+        await self._call("POST", "/update_weight_version", HEALTH_TIMEOUT_S, json=body)
+
+    async def digests(self) -> dict[str, str]:
+        """SHA-256 of every parameter, under "dp0:pp0:pcp0:tp0:model.norm.weight" and so on."""
+        body = {"action": "checksum"}
+        found = await self._call("POST", "/weight_checker", self.config.sync_timeout_s, json=body)
+        return found.json()["checksums"]

@@ -1,0 +1,213 @@
+"""The vLLM rollout engine: what the GRPO loop talks to, with the same verbs as the embedded one.
+
+Weights go through files: all ranks hand their parts to rank 0, which writes WEIGHTS/v_000012, has every
+server load it, compares digests, and then has each server sample a few probe answers whose log-probs must be
+the trainer's own. `generate` therefore always samples from weights that were proved, and every answer's
+tokens carry their version. Only rank 0 speaks HTTP, in a thread; meanwhile all ranks stay in touch, so that a
+long rollout is not taken for a hang.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from phi4r.configs.sections import VLLMConfig
+from phi4r.convert.live import export_live, served_model
+from phi4r.data.packing import Document, pack, unpack
+from phi4r.errors import UserError
+from phi4r.parallel.attempt import beat
+from phi4r.parallel.layout import broadcast_object
+from phi4r.rl.rollout import Completion, SampleRequest, SamplingOptions
+from phi4r.rl.vllm.fleet import Fleet, Member, Weights, weights_folder
+from phi4r.rl.vllm.server import ServerProcess
+from phi4r.rl.vllm.weights import Comparison, compare
+from phi4r.train.engine import Engine
+
+Result = TypeVar("Result")
+
+TOUCH_S = 10.0
+"""Seconds between signs of life while rank 0 waits for servers."""
+KEPT_VERSIONS = 2
+PROBE_TOKENS = 8
+PROBE_STREAM = 24
+VLLM_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+class VLLMEngine:
+    """Samples on vLLM servers with the weights of `engine`, as of the last `sync`.
+
+    stop_ids: token ids that end a sequence; probe_prompts: prompts whose answers prove each sync;
+    max_model_len: longest prompt and response; run_dir: takes weights (unless configured) and logs.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        stop_ids: Sequence[int],
+        config: VLLMConfig,
+        run_dir: Path,
+        *,
+        max_model_len: int,
+        probe_prompts: Sequence[tuple[int, ...]],
+        temperature: float,
+    ) -> None:
+        self.engine, self.layout, self.config = engine, engine.layout, config
+        self.stop_ids = sorted(stop_ids)
+        self.probe_prompts, self.temperature = list(probe_prompts), temperature
+        self.max_model_len = max_model_len
+        self.model = served_model(engine.model_config)
+        self.root = (Path(config.weights_dir) if config.weights_dir else run_dir / "weights").resolve()
+        self.fleet = Fleet(config, self._members(run_dir), self.stop_ids)
+        self.version: int | None = None
+        self.comparison = Comparison(0, 0, [])
+
+    def _members(self, run_dir: Path) -> list[Member]:
+        if not self.layout.is_main:
+            return []
+        if self.config.address_list:
+            return [Member(url=address) for address in self.config.address_list]
+        on_cpu = self.layout.device.type == "cpu"
+        dtype = VLLM_DTYPES[self.model.dtype]
+        return [
+            Member(
+                process=ServerProcess(
+                    i, self.config, dtype, self.max_model_len, on_cpu, run_dir / "logs" / f"vllm_{i}.log"
+                )
+            )
+            for i in range(self.config.num_servers)
+        ]
+
+    def close(self) -> None:
+        """End the servers that were started. Safe to call again."""
+        self.fleet.close()
+
+    # --- weights
+
+    def sync(self, version: int) -> dict[str, float]:
+        """Have the servers hold the trainer's weights, those after `version` optimizer steps, and prove it.
+        Collective. Returns metrics; raises RuntimeError where a server's log-probs are not the trainer's."""
+        folder = weights_folder(self.root, version)
+        if self.layout.is_main:
+            shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt
+        export_live(
+            self.engine.chunks, self.engine.model_config, self.layout, folder, tuple(self.stop_ids), None
+        )
+        weights = Weights(version, folder, lambda found: self._verify(folder, found))
+        held = self._on_main(lambda: self.fleet.load(weights))
+        self.version = version
+        metrics = self._probe(held, version)
+        if self.layout.is_main:
+            self._forget_old()
+            events = self.fleet.take_events()
+            metrics |= {
+                "policy_version": version,
+                "weights_equal": self.comparison.num_equal,
+                "weights_unreadable": self.comparison.num_unreadable,
+                "rollout_servers": len(held or ()),
+                "rollout_requeued": events.requeued,
+                "rollout_failures": events.failures,
+                "rollout_restarts": events.restarts,
+            }
+        return metrics
+
+    def _verify(self, folder: Path, found: dict[str, str]) -> Comparison:
+        self.comparison = compare(folder, self.model, found)
+        return self.comparison
+
+    def _probe(self, held: list[Member] | None, version: int) -> dict[str, float]:
+        """Let each server sample answers to the probe prompts, and compare its log-probs with the
+        trainer's."""
+        options = SamplingOptions(PROBE_TOKENS, self.temperature)
+        requests = [
+            SampleRequest(prompt, (PROBE_STREAM, version, number))
+            for number, prompt in enumerate(self.probe_prompts)
+        ]
+
+        async def ask() -> list[tuple[str, list[Completion]]]:
+            return [
+                (member.name, await self.fleet.generate(requests, options, only=member))
+                for member in held or []
+            ]
+
+        asked = self._broadcast(self._on_main(ask))
+        gaps = {name: self._gaps(requests, completions) for name, completions in asked}
+        tolerance = self.config.probe_tolerance or (0.05 if self.model.dtype == "bf16" else 1e-3)
+        for name, gap in gaps.items():
+            if not gap.mean() <= tolerance:
+                raise RuntimeError(
+                    f"{name} does not hold the weights of step {version}: its log-probs differ from the"
+                    f" trainer's by {gap.mean():.4g} nats on average over {len(gap)} tokens"
+                    f" (vllm.probe_tolerance {tolerance:g})"
+                )
+        return {
+            "probe_gap": float(np.mean([gap.mean() for gap in gaps.values()])),
+            "max_probe_gap": float(np.max([gap.max() for gap in gaps.values()])),
+        }
+
+    def _gaps(self, requests: Sequence[SampleRequest], completions: Sequence[Completion]) -> np.ndarray:
+        """|server's log-prob - trainer's| of every sampled token."""
+        documents = []
+        for request, completion in zip(requests, completions, strict=True):
+            tokens = np.array([*request.prompt_tokens, *completion.tokens], dtype=np.int32)
+            documents.append(Document(tokens, np.arange(len(tokens)) >= len(request.prompt_tokens), {}))
+        longest = max(len(document.tokens) for document in documents)
+        rows = pack(documents, self._fit(longest))
+        ours = unpack(rows, list(self.engine.forward(rows, temperature=self.temperature)[0]), documents)
+        return np.concatenate(
+            [
+                np.abs(own[len(request.prompt_tokens) :] - np.array(completion.logprobs))
+                for own, request, completion in zip(ours, requests, completions, strict=True)
+            ]
+        )
+
+    def _fit(self, length: int) -> int:
+        layout = self.layout
+        multiple = (2 * layout.cp if layout.cp > 1 else 1) * (layout.tp if layout.sp else 1)
+        return -(-length // multiple) * multiple
+
+    def _forget_old(self) -> None:
+        """Delete all versions but the newest, and those that a server is starting with."""
+        used = {m.process.weights for m in self.fleet.members if m.process is not None and m.version is None}
+        for folder in sorted(self.root.glob("v_*"))[:-KEPT_VERSIONS]:
+            if folder not in used:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    # --- requests
+
+    def generate(self, requests: Sequence[SampleRequest], options: SamplingOptions) -> list[Completion]:
+        """Completions of `requests`, in order, on every rank. Raises UserError for a filter: a server's
+        log-probs are then those of the filtered distribution, which is not the policy."""
+        assert self.version is not None, "sync comes before the first rollout"
+        if options.top_p != 1.0 or options.top_k != 0:
+            raise UserError(
+                "rollout.top_p and rollout.top_k must be off with vLLM: log-probs would be the filter's, not"
+                f" the policy's (got top_p {options.top_p:g}, top_k {options.top_k})"
+            )
+        return self._broadcast(self._on_main(lambda: self.fleet.generate(requests, options)))
+
+    # --- rank 0 and the others
+
+    def _on_main(self, make: Callable[[], Coroutine[Any, Any, Result]]) -> Result | None:
+        """Run `make()` on rank 0 and return its result there, None on the others, which wait in touch."""
+        if not self.layout.is_main:
+            while not broadcast_object(None):
+                beat()
+            return None
+        with ThreadPoolExecutor(1, "phi4r-vllm") as pool:
+            future = pool.submit(lambda: asyncio.run(make()))
+            while not wait([future], timeout=TOUCH_S).done:
+                beat()
+                broadcast_object(False)
+            result = future.result()
+        broadcast_object(True)
+        return result
+
+    def _broadcast(self, value: Result | None) -> Result:
+        return broadcast_object(value)

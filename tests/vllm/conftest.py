@@ -1,0 +1,72 @@
+"""Two real vLLM servers on the CPU, started once for all tests of this folder (about a minute on one core).
+
+They need an environment of their own: `make vllm-deps`, or PHI4R_VLLM_PYTHON names its interpreter. Without
+one these tests are skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from phi4r import optional
+from phi4r.configs.sections import ModelConfig, ParallelConfig, TrainConfig, VLLMConfig
+from phi4r.errors import UserError
+from phi4r.model.names import load_weights, random_weights
+from phi4r.parallel.layout import init_layout
+from phi4r.rl.vllm.engine import VLLMEngine
+from phi4r.train.engine import Engine
+
+VOCAB, STOP_IDS, TEMPERATURE = 64, (3, 4), 0.8
+MODEL = ModelConfig.from_preset("tiny", vocab_size=VOCAB, max_position_embeddings=256)
+
+
+def peaked_weights(seed: int) -> object:
+    """Random weights with a head so large that some tokens are much likelier than others."""
+
+    def get_tensor(name: str) -> Tensor:
+        return random_weights(MODEL, seed)(name) * (20.0 if name == "lm_head.weight" else 1.0)
+
+    return get_tensor
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> str:
+    """The interpreter that has vLLM."""
+    try:
+        return optional.vllm_python()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def trainer() -> Engine:
+    """The trainer's model."""
+    engine = Engine(MODEL, ParallelConfig(), init_layout(ParallelConfig()), TrainConfig())
+    load_weights(engine.models, MODEL, peaked_weights(7), 0, 1)  # type: ignore[arg-type]
+    return engine
+
+
+@pytest.fixture(scope="session")
+def servers(
+    vllm_python: str, trainer: Engine, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[VLLMEngine]:
+    """The engine with two servers that hold the trainer's weights as version 0."""
+    config = VLLMConfig(num_servers=2, python=vllm_python, max_in_flight=8, start_timeout_s=300)
+    engine = VLLMEngine(
+        trainer,
+        STOP_IDS,
+        config,
+        Path(tmp_path_factory.mktemp("vllm")),
+        max_model_len=256,
+        probe_prompts=[(5, 6, 7), (9, 10)],
+        temperature=TEMPERATURE,
+    )
+    try:
+        engine.sync(0)
+        yield engine
+    finally:
+        engine.close()

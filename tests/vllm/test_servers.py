@@ -1,0 +1,194 @@
+"""Rollouts from real vLLM servers: the embedded engine's distribution, weights that are proved, nothing lost
+when a server dies. The tests share two servers and run in the order they stand in: the last one ends them."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+from scipy import stats
+
+from phi4r.data.packing import Document, pack, unpack
+from phi4r.errors import UserError
+from phi4r.model.names import load_weights
+from phi4r.rl.rollout import Completion, EmbeddedEngine, SampleRequest, SamplingOptions
+from phi4r.rl.vllm.client import Client
+from phi4r.rl.vllm.engine import VLLMEngine
+from phi4r.rl.vllm.fleet import Member, weights_folder
+from phi4r.train.engine import Engine
+from tests.rl.test_vllm_keeper import ended
+from tests.vllm.conftest import MODEL, STOP_IDS, TEMPERATURE, VOCAB, peaked_weights
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+
+
+def requests(count: int, stream: int = 0) -> list[SampleRequest]:
+    """Prompts of 1 to 8 tokens, each with a stream of its own."""
+    random = np.random.default_rng(5)
+    return [
+        SampleRequest(tuple(random.integers(5, VOCAB, int(random.integers(1, 9))).tolist()), (stream, number))
+        for number in range(count)
+    ]
+
+
+def gaps(trainer: Engine, made: list[SampleRequest], completions: list[Completion]) -> np.ndarray:
+    """|log-prob of the server - of the trainer's own pass| of every sampled token."""
+    documents = []
+    for request, completion in zip(made, completions, strict=True):
+        tokens = np.array([*request.prompt_tokens, *completion.tokens], dtype=np.int32)
+        documents.append(Document(tokens, np.arange(len(tokens)) >= len(request.prompt_tokens), {}))
+    rows = pack(documents, 256)
+    ours = unpack(rows, list(trainer.forward(rows, temperature=TEMPERATURE)[0]), documents)
+    return np.concatenate(
+        [
+            np.abs(own[len(request.prompt_tokens) :] - np.array(completion.logprobs))
+            for own, request, completion in zip(ours, made, completions, strict=True)
+        ]
+    )
+
+
+def server_processes(member: Member) -> list[psutil.Process]:
+    """The server under its keeper, and all it started."""
+    assert member.process is not None
+    return psutil.Process(member.process.pid).children(recursive=True)
+
+
+def test_greedy_answers_are_the_embedded_engines(trainer: Engine, servers: VLLMEngine) -> None:
+    made, options = requests(24), SamplingOptions(20, temperature=0)
+    expected = EmbeddedEngine(trainer, STOP_IDS, 24).generate(made, options)
+    found = servers.generate(made, options)
+    assert [c.tokens for c in found] == [c.tokens for c in expected]
+    assert [c.finished for c in found] == [c.finished for c in expected]
+    assert {c.finished for c in found} == {True, False}
+    for ours, theirs in zip(expected, found, strict=True):
+        assert theirs.logprobs == pytest.approx(ours.logprobs, abs=1e-4)
+
+
+def test_log_probs_are_the_trainers_at_the_sampling_temperature(trainer: Engine, servers: VLLMEngine) -> None:
+    made = requests(48, stream=1)
+    completions = servers.generate(made, SamplingOptions(20, TEMPERATURE))
+    found = gaps(trainer, made, completions)
+    # fp32 rounding of logits of size 20 or so, in another order of summation
+    assert found.max() < 1e-4
+    assert found.mean() < 1e-5
+    assert {c.version for c in completions} == {0}
+    assert all(c.finished == (c.tokens[-1] in STOP_IDS) for c in completions)
+    assert all(not set(c.tokens[:-1]) & set(STOP_IDS) for c in completions)
+
+
+def test_samples_are_distributed_as_the_embedded_engines_and_repeat_by_their_seeds(
+    trainer: Engine, servers: VLLMEngine
+) -> None:
+    made = [SampleRequest((11, 12), (2, number)) for number in range(400)]
+    options = SamplingOptions(2, TEMPERATURE)
+    theirs = servers.generate(made, options)
+    again = servers.generate(made[:40], options)
+    assert [c.tokens for c in again] == [c.tokens for c in theirs[:40]]
+    ours = EmbeddedEngine(trainer, STOP_IDS, 400).generate(made, options)
+    for position in (0, -1):
+        counts = [np.bincount([c.tokens[position] for c in cs], minlength=VOCAB) for cs in (ours, theirs)]
+        common = counts[0] + counts[1] >= 10
+        table = np.array([[*count[common], count[~common].sum()] for count in counts])
+        assert table.shape[1] > 5, "the test needs several tokens that are sampled often"
+        assert stats.chi2_contingency(table[:, table.sum(0) > 0]).pvalue > 1e-3
+
+
+def test_filters_are_refused(servers: VLLMEngine) -> None:
+    for options in (SamplingOptions(4, top_p=0.9), SamplingOptions(4, top_k=5)):
+        with pytest.raises(UserError, match=r"rollout\.top_p and rollout\.top_k must be off"):
+            servers.generate(requests(1), options)
+
+
+def test_a_sync_moves_new_weights_and_what_was_not_sent_is_noticed(
+    trainer: Engine, servers: VLLMEngine
+) -> None:
+    assert servers.comparison.num_equal > 0
+    assert not servers.comparison.differing
+    # Longer than a block of the prefix cache: the keys and values of old weights are there to be used.
+    prompt = tuple(5 + number % 50 for number in range(200))
+    long = [SampleRequest(prompt, (5, number)) for number in range(8)]
+    for _ in range(2):
+        old = servers.generate(long, SamplingOptions(20, TEMPERATURE))
+        assert gaps(trainer, long, old).max() < 1e-4
+    load_weights(trainer.models, MODEL, peaked_weights(8), 0, 1)  # type: ignore[arg-type]
+    metrics = servers.sync(1)
+    assert metrics["rollout_servers"] == 2
+    assert metrics["policy_version"] == 1
+    assert metrics["max_probe_gap"] < 1e-4
+    made = requests(16, stream=3) + long
+    completions = servers.generate(made, SamplingOptions(20, TEMPERATURE))
+    assert {c.version for c in completions} == {1}
+    assert gaps(trainer, made, completions).max() < 1e-4
+
+    member = servers.fleet.members[1]
+
+    async def put_back_old_weights_under_the_new_label() -> dict[str, str]:
+        async with httpx.AsyncClient() as http:
+            client = Client(http, member.url, servers.config)
+            await client.load(weights_folder(servers.root, 0), 1)
+            return await client.digests()
+
+    digests = asyncio.run(put_back_old_weights_under_the_new_label())
+    assert servers._verify(weights_folder(servers.root, 1), digests).differing
+    with pytest.raises(RuntimeError, match="vLLM server 1 does not hold the weights of step 1"):
+        servers._probe([member], 1)
+    assert servers.sync(2)["rollout_servers"] == 2  # the next weights mend it
+
+
+def test_a_killed_server_loses_and_repeats_nothing_and_comes_back(
+    trainer: Engine, servers: VLLMEngine
+) -> None:
+    made, options = requests(96, stream=4), SamplingOptions(100, TEMPERATURE)
+    undisturbed = servers.generate(made, options)
+    servers.fleet.take_events()
+    victim = servers.fleet.members[0]
+    others = server_processes(victim)
+    in_flight: list[float] = []
+
+    def kill_in_mid_run() -> None:
+        until = time.monotonic() + 60
+        while time.monotonic() < until and len(in_flight) < 3:
+            text = httpx.get(victim.url + "/metrics").text
+            waiting = [line for line in text.splitlines() if line.startswith("vllm:num_requests_")]
+            values = [float(line.split()[-1]) for line in waiting if "_by_" not in line]
+            if sum(values) > 0:
+                in_flight.append(sum(values))
+        others[0].kill()
+
+    killer = threading.Thread(target=kill_in_mid_run)
+    killer.start()
+    completions = servers.generate(made, options)
+    killer.join()
+
+    assert in_flight
+    assert max(in_flight) <= servers.config.max_in_flight
+    # Seeds are counters: whichever server answered, and whether asked once or twice, the answer is the same.
+    assert [c.tokens for c in completions] == [c.tokens for c in undisturbed]
+    assert gaps(trainer, made, completions).max() < 1e-4
+    events = servers.fleet.events
+    assert events.failures == 1
+    assert 0 < events.requeued <= servers.config.max_in_flight
+    # The engine's processes went with the server that was killed.
+    assert ended(others, 30)
+
+    # Steps go on with one server while the other starts; then it takes part with the weights of the day.
+    metrics, until = servers.sync(3), time.monotonic() + 150
+    while metrics["rollout_servers"] < 2 and time.monotonic() < until:
+        version = int(metrics["policy_version"])
+        assert {c.version for c in servers.generate(requests(16), options)} == {version}
+        metrics = servers.sync(version + 1)
+    assert metrics["rollout_servers"] == 2
+    assert {c.version for c in servers.generate(requests(16), options)} == {metrics["policy_version"]}
+    assert servers.fleet.members[0].process.num_starts == 2  # type: ignore[union-attr]
+
+
+def test_closing_ends_every_process(servers: VLLMEngine) -> None:
+    processes = [process for member in servers.fleet.members for process in server_processes(member)]
+    assert len(processes) >= 4
+    servers.close()
+    assert ended(processes, 30)
