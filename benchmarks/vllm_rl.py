@@ -1,0 +1,117 @@
+"""GRPO with the embedded engine and with vLLM servers, from one SFT checkpoint: a row each in
+results/vllm_rl.csv.
+
+    python -m benchmarks.vllm_rl runs/quickstart/sft [--steps 80] [--servers 2] [--folder runs/vllm_rl]
+
+Needs `make vllm-deps` (or PHI4R_VLLM_PYTHON). Both runs train on the tiny recipe's problems with the same
+seed; a run that was interrupted goes on where it stopped, and rows are written when both are complete.
+Columns: date (UTC), commit, dirty, cpu, engine, servers, steps, seed, accuracy of the rollouts over the first
+and the last `window` steps, held-out avg@8 with its 95% interval, mean and largest difference between the
+sampler's and the trainer's log-probs over all steps (nats), smallest effective sample share of a step,
+answers that were asked for again, servers that failed, mean seconds of a step and of its parts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.rows import append_rows, provenance
+
+WINDOW = 5
+COLUMNS = [
+    "date", "commit", "dirty", "cpu", "engine", "servers", "steps", "seed", "window", "accuracy_first",
+    "accuracy_last", "avg_at_8", "low", "high", "mean_length", "mean_gap", "max_gap",
+    "min_effective_sample_share", "requeued", "failures", "step_s", "sync_s", "rollout_s", "train_s",
+]  # fmt: skip
+
+
+def row_of(run_dir: Path, steps: int) -> dict[str, Any]:
+    """The measured columns of one finished run and its evaluation."""
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    metrics = [json.loads(line) for line in lines]
+    if len(metrics) != steps:
+        raise SystemExit(f"{run_dir}: {len(metrics)} of {steps} steps are done: run the same command again")
+    summary = json.loads((run_dir / "eval" / "summary.json").read_text(encoding="utf-8"))
+
+    def column(name: str) -> np.ndarray:
+        return np.array([row.get(name, 0.0) for row in metrics], dtype=float)
+
+    found = {
+        "accuracy_first": column("accuracy")[:WINDOW].mean(),
+        "accuracy_last": column("accuracy")[-WINDOW:].mean(),
+        "avg_at_8": summary["avg_at_8"],
+        "low": summary["ci95"][0],
+        "high": summary["ci95"][1],
+        "mean_length": summary["mean_length"],
+        "mean_gap": column("logprob_gap").mean(),
+        "max_gap": column("max_logprob_gap").max(),
+        "min_effective_sample_share": column("effective_sample_share").min(),
+        "requeued": column("rollout_requeued").sum(),
+        "failures": column("rollout_failures").sum(),
+        **{f"{part}_s": column(f"{part}_seconds").mean() for part in ("step", "sync", "rollout", "train")},
+    }
+    return {"window": WINDOW, **{name: float(f"{value:.4g}") for name, value in found.items()}}
+
+
+def main() -> int:
+    """Run what is still to do, evaluate, and write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", help="the SFT run folder or checkpoint that both start from")
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--servers", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, default=Path("runs/vllm_rl"))
+    parser.add_argument("settings", nargs="*", help="passed on to phi4r rl, after --")
+    options = parser.parse_args()
+    engines = {
+        "embedded": [],
+        "vllm": ["--rollout.engine", "vllm", "--vllm.num_servers", str(options.servers)],
+    }
+    program = [sys.executable, "-m", "phi4r"]
+    for engine, settings in engines.items():
+        run_dir = options.folder / engine
+        subprocess.run(
+            [
+                *program, "rl", "tiny", "--run-dir", str(run_dir), "--init.checkpoint", options.checkpoint,
+                "--train.num_steps", str(options.steps), "--seed", str(options.seed),
+                *settings, *options.settings,
+            ],
+            check=True,
+        )  # fmt: skip
+        if not (run_dir / "eval" / "summary.json").exists():
+            subprocess.run(
+                [
+                    *program,
+                    "eval",
+                    str(run_dir),
+                    "modchain",
+                    "--run-dir",
+                    str(run_dir / "eval"),
+                    "--runs",
+                    "8",
+                ],
+                check=True,
+            )
+    shared = {**provenance("phi4r", "kernels"), "steps": options.steps, "seed": options.seed}
+    rows = [
+        {
+            **shared,
+            "engine": engine,
+            "servers": options.servers if engine == "vllm" else 0,
+            **row_of(options.folder / engine, options.steps),
+        }
+        for engine in engines
+    ]
+    print(f"written to {append_rows('vllm_rl', COLUMNS, rows)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
