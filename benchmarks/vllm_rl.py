@@ -5,7 +5,7 @@ results/vllm_rl.csv.
 
 Needs `make vllm-deps` (or PHI4R_VLLM_PYTHON). Both runs train on the tiny recipe's problems with the same
 seed; a run that was interrupted goes on where it stopped, and rows are written when both are complete.
-Columns: date (UTC), commit, dirty, cpu, engine, servers, steps, seed, accuracy of the rollouts over the first
+Columns: date (UTC), commit, dirty, cpu, engine, servers, steps, seed, settings (what was changed), accuracy of the rollouts over the first
 and the last `window` steps, held-out avg@8 with its 95% interval, mean and largest difference between the
 sampler's and the trainer's log-probs over all steps (nats), smallest effective sample share of a step,
 answers that were asked for again, servers that failed, mean seconds of a step and of its parts.
@@ -26,7 +26,7 @@ from benchmarks.rows import append_rows, provenance
 
 WINDOW = 5
 COLUMNS = [
-    "date", "commit", "dirty", "cpu", "engine", "servers", "steps", "seed", "window", "accuracy_first",
+    "date", "commit", "dirty", "cpu", "engine", "servers", "steps", "seed", "settings", "window", "accuracy_first",
     "accuracy_last", "avg_at_8", "low", "high", "mean_length", "mean_gap", "max_gap",
     "min_effective_sample_share", "requeued", "failures", "step_s", "sync_s", "rollout_s", "train_s",
 ]  # fmt: skip
@@ -100,6 +100,7 @@ def main() -> int:
                 check=True,
             )
     shared = {**provenance("phi4r", "kernels"), "steps": options.steps, "seed": options.seed}
+    shared["settings"] = " ".join(options.settings)
     rows = [
         {
             **shared,
