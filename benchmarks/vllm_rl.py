@@ -5,10 +5,11 @@ results/vllm_rl.csv.
 
 Needs `make vllm-deps` (or PHI4R_VLLM_PYTHON). Both runs train on the tiny recipe's problems with the same
 seed; a run that was interrupted goes on where it stopped, and rows are written when both are complete.
-Columns: date (UTC), commit, dirty, cpu, engine, servers, steps, seed, settings (what was changed), accuracy of the rollouts over the first
-and the last `window` steps, held-out avg@8 with its 95% interval, mean and largest difference between the
-sampler's and the trainer's log-probs over all steps (nats), smallest effective sample share of a step,
-answers that were asked for again, servers that failed, mean seconds of a step and of its parts.
+Columns: date (UTC), commit, dirty, cpu, engine, servers, steps, seed, settings (what was changed), accuracy
+of the rollouts over the first and the last `window` steps, held-out avg@8 with its 95% interval, mean and
+largest difference between the sampler's and the trainer's log-probs over all steps (nats), smallest effective
+sample share of a step, answers that were asked for again, servers that failed, mean seconds of a step and of
+its parts.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from benchmarks.rows import append_rows, provenance
 
 WINDOW = 5
 COLUMNS = [
-    "date", "commit", "dirty", "cpu", "engine", "servers", "steps", "seed", "settings", "window", "accuracy_first",
-    "accuracy_last", "avg_at_8", "low", "high", "mean_length", "mean_gap", "max_gap",
+    "date", "commit", "dirty", "cpu", "engine", "servers", "steps", "seed", "settings", "window",
+    "accuracy_first", "accuracy_last", "avg_at_8", "low", "high", "mean_length", "mean_gap", "max_gap",
     "min_effective_sample_share", "requeued", "failures", "step_s", "sync_s", "rollout_s", "train_s",
 ]  # fmt: skip
 
