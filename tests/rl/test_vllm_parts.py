@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 
@@ -19,7 +20,7 @@ from phi4r.parallel.layout import init_layout
 from phi4r.rl.batch import rollout_gap_sums
 from phi4r.rl.rollout import Completion
 from phi4r.rl.train import check_gap
-from phi4r.rl.vllm.client import seed_of
+from phi4r.rl.vllm.client import CONNECTIONS, Client, ServerError, seed_of
 from phi4r.rl.vllm.fleet import Board
 from phi4r.rl.vllm.weights import EMPTY, compare, digest, served_part
 
@@ -111,6 +112,35 @@ def test_every_request_is_answered_once_whoever_gives_it_back() -> None:
     assert len(taken) > 40
     with pytest.raises(AssertionError, match="request 0 was answered twice"):
         board.answer(0, Completion([0], [0.0], True))
+
+
+@pytest.mark.parametrize("num_closed", [1, 2, 3])
+def test_a_call_outlives_closed_connections_but_not_a_server_that_always_closes(num_closed: int) -> None:
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
+    connections = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        await reader.readuntil(b"\r\n\r\n")
+        if connections > num_closed:
+            writer.write(answer)
+            await writer.drain()
+        writer.close()
+
+    async def call() -> int:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        async with server, httpx.AsyncClient(trust_env=False) as http:
+            client = Client(http, f"http://127.0.0.1:{port}", VLLMConfig())
+            return (await client._call("GET", "/weight_info", 10.0)).status_code
+
+    if num_closed < CONNECTIONS:
+        assert asyncio.run(call()) == 200
+    else:
+        with pytest.raises(ServerError, match="RemoteProtocolError"):
+            asyncio.run(call())
+    assert connections == min(num_closed + 1, CONNECTIONS)
 
 
 def test_a_board_without_requests_is_finished() -> None:

@@ -22,6 +22,8 @@ from phi4r.rl.rollout import Completion, SampleRequest, SamplingOptions
 
 HEALTH_TIMEOUT_S = 30.0
 BUSY = (429, 503)
+CONNECTIONS = 3
+"""Connections tried for one call: a server closes one that was idle just when it is used again."""
 
 
 class ServerError(Exception):
@@ -40,17 +42,25 @@ class Client:
         self.http, self.url, self.config = http, url, config
 
     async def _call(self, method: str, path: str, timeout_s: float, **options: Any) -> httpx.Response:
-        """A call that is repeated while the server says it is busy. ServerError where the server fails,
-        UserError where it refuses."""
+        """A call that is repeated while the server says it is busy, and a few times where the connection
+        broke: any call may be made twice. ServerError where the server fails, UserError where it refuses."""
         busy = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_result(lambda response: response.status_code in BUSY),
             wait=tenacity.wait_random_exponential(multiplier=0.1, max=5.0),
             stop=tenacity.stop_after_delay(min(timeout_s, 60.0)),
             retry_error_callback=lambda state: state.outcome.result() if state.outcome else None,
         )
+        broken = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type((httpx.NetworkError, httpx.RemoteProtocolError)),
+            wait=tenacity.wait_random(0.1, 0.5),
+            stop=tenacity.stop_after_attempt(CONNECTIONS),
+            reraise=True,
+        )
         response: httpx.Response
         try:
-            response = await busy(self.http.request, method, self.url + path, timeout=timeout_s, **options)
+            response = await busy(
+                broken, self.http.request, method, self.url + path, timeout=timeout_s, **options
+            )
         except httpx.TimeoutException:
             raise ServerError(f"{self.url}{path} did not answer within {timeout_s:g} s") from None
         except httpx.TransportError as error:

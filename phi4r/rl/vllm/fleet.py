@@ -26,6 +26,8 @@ from phi4r.rl.vllm.server import ServerProcess
 from phi4r.rl.vllm.weights import Comparison
 
 HEALTH_EVERY_S = 5.0
+KEEP_ALIVE_S = 2.0
+"""Idle connections are dropped before the server does so (after 5 s)."""
 UNHEALTHY_CHECKS = 3
 MAX_ATTEMPTS = 5
 """Servers that may fail over one request before the request itself is blamed."""
@@ -324,7 +326,10 @@ class Fleet:
     def _http(self) -> httpx.AsyncClient:
         lanes = len(self.members) * (self.config.max_in_flight + 2)
         return httpx.AsyncClient(
-            limits=httpx.Limits(max_connections=lanes, max_keepalive_connections=lanes), trust_env=False
+            limits=httpx.Limits(
+                max_connections=lanes, max_keepalive_connections=lanes, keepalive_expiry=KEEP_ALIVE_S
+            ),
+            trust_env=False,
         )
 
 
