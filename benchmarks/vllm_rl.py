@@ -69,8 +69,10 @@ def main() -> int:
     parser.add_argument("--servers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("runs/vllm_rl"))
-    parser.add_argument("settings", nargs="*", help="passed on to phi4r rl, after --")
-    options = parser.parse_args()
+    parser.epilog = "What stands after -- is passed on to phi4r rl."
+    given = sys.argv[1:]
+    end = given.index("--") if "--" in given else len(given)
+    options, settings_given = parser.parse_args(given[:end]), given[end + 1 :]
     engines = {
         "embedded": [],
         "vllm": ["--rollout.engine", "vllm", "--vllm.num_servers", str(options.servers)],
@@ -82,7 +84,7 @@ def main() -> int:
             [
                 *program, "rl", "tiny", "--run-dir", str(run_dir), "--init.checkpoint", options.checkpoint,
                 "--train.num_steps", str(options.steps), "--seed", str(options.seed),
-                *settings, *options.settings,
+                *settings, *settings_given,
             ],
             check=True,
         )  # fmt: skip
@@ -101,7 +103,7 @@ def main() -> int:
                 check=True,
             )
     shared = {**provenance("phi4r", "kernels"), "steps": options.steps, "seed": options.seed}
-    shared["settings"] = " ".join(options.settings)
+    shared["settings"] = " ".join(settings_given)
     rows = [
         {
             **shared,
