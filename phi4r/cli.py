@@ -18,7 +18,7 @@ from typer.core import TyperCommand, TyperGroup
 
 import phi4r
 from phi4r.cli_checkpoint import checkpoint_app, replay
-from phi4r.cli_prepare import data_app, plan
+from phi4r.cli_prepare import data_app, plan, profile
 from phi4r.cli_slurm import launch, logs, merge, status
 from phi4r.errors import UserError
 
@@ -64,6 +64,9 @@ COMMANDS: dict[str, Command] = {
     "status": Command("State, step, time left and restarts of a run", None, "phi4r.slurm.status:main"),
     "logs": Command("What a rank of a run printed", None, "phi4r.slurm.logs:main"),
     "merge": Command("Put the parts of a job array's evaluation together", None, "phi4r.evaluate.merge:main"),
+    "profile": Command(
+        "Where the time of an SFT step goes: a trace and a summary", "sft", "phi4r.profile:main"
+    ),
     "bench": Command("Measure speed beside what one would use instead", None, "phi4r.bench:main"),
     "doctor": Command("What this machine has, and what would be used", None, "phi4r.doctor:main"),
 }
@@ -420,6 +423,7 @@ _command(
     "plan",
     "  phi4r plan phi4_sft --nodes 4 --gpu h100\n  phi4r plan phi4_grpo --nodes 16 --response-tokens 8000",
 )(plan)
+_command("profile", "  phi4r profile tiny --run-dir runs/profile --steps 3 --parallel.tp 2")(profile)
 _command(
     "launch",
     "  phi4r launch sft phi4_sft --nodes 4 --time 24:00:00 --run-dir /shared/runs/sft --dry-run\n"

@@ -1,4 +1,4 @@
-"""`phi4r plan` and `phi4r data build`: the commands of `phi4r.cli` for what comes before a run."""
+"""`phi4r plan`, `phi4r data build`, `phi4r profile`: commands of `phi4r.cli` for what comes before a run."""
 
 from __future__ import annotations
 
@@ -74,6 +74,20 @@ def data_build(
     build = find_target("phi4r.data.build:main")
     options = find_target("phi4r.data.build:Options")
     build(config, Path(out), options(workers=workers, mixture=mixture))
+
+
+def profile(
+    ctx: typer.Context,
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="As for sft: its model, layout and data")],
+    run_dir: Annotated[str, typer.Option("--run-dir", metavar="D", help="Folder to write")] = "runs/profile",
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps that are recorded")] = 3,
+    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Steps before them")] = 2,
+) -> None:
+    from phi4r.configs.load import load_stage
+    from phi4r.parallel.launch import run_handler
+
+    config = load_stage("sft", recipe, [*ctx.obj, f"train.num_steps={steps + warmup}"]).config
+    run_handler("phi4r.profile:main", [config, steps, warmup, Path(run_dir)], config.parallel, Path(run_dir))
 
 
 def _stage_of(recipe: str) -> str:

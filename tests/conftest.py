@@ -5,4 +5,8 @@ from __future__ import annotations
 
 import os
 
+from tests.proved import pytest_addoption, pytest_collection_finish
+
+__all__ = ["pytest_addoption", "pytest_collection_finish"]
+
 os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -41,6 +41,7 @@ ARROWS = {
     "doctor": {"data", "model"},
     "plan": {"configs"},
     "dryrun": {"configs", "plan"},
+    "profile": {"configs", "parallel", "train"},
     "replay": {"configs", "data", "parallel", "rl", "train"},
     "cli_checkpoint": {"configs", "parallel"},
     "cli_prepare": {"configs", "data", "parallel", "plan"},

@@ -112,7 +112,7 @@ class ParallelConfig:
 
     tp: int = 1
     """Tensor parallel ranks: each holds a slice of every matrix. Must divide the query heads, KV heads and
-    vocabulary."""
+    ffn_hidden_size; a vocabulary that it does not divide is padded."""
     pp: int = 1
     """Pipeline parallel ranks: each holds num_layers / pp consecutive layers."""
     vpp: int = 1

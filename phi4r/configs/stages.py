@@ -34,6 +34,20 @@ def uneven_stages(num_layers: int, pp: int) -> tuple[int, int]:
     return rest - rest // 2, rest // 2
 
 
+VOCAB_ROWS = 64
+"""Padded vocabularies give every rank a multiple of this many rows, where they are long enough for it."""
+
+
+def vocab_rows(vocab_size: int, tp: int) -> int:
+    """Rows of embedding and head that each tensor parallel rank holds: vocab_size / tp where that is whole,
+    else so many that the last rank's last rows are padding (Phi-4 at tp 5: 20,096, of which 128 are)."""
+    if vocab_size % tp == 0:
+        return vocab_size // tp
+    rows = -(-vocab_size // tp)
+    aligned = -(-rows // VOCAB_ROWS) * VOCAB_ROWS
+    return aligned if aligned * (tp - 1) < vocab_size else rows
+
+
 def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
     """Refuse a layout that cannot hold the model: raises ConfigError with the two numbers that disagree."""
     tp = parallel.tp
@@ -54,8 +68,13 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
             "parallel.tp",
             f"{reason} {model.num_query_groups} KV heads, so TP is {listed}",
         )
-    for name, count in (("ffn_hidden_size", model.ffn_hidden_size), ("vocab_size", model.vocab_size)):
-        require(count % tp == 0, "parallel.tp", f"{tp} does not divide model.{name} ({count})")
+    ffn, vocabulary = model.ffn_hidden_size, model.vocab_size
+    require(ffn % tp == 0, "parallel.tp", f"{tp} does not divide model.ffn_hidden_size ({ffn})")
+    require(
+        vocabulary == 0 or vocab_rows(vocabulary, tp) * (tp - 1) < vocabulary,
+        "parallel.tp",
+        f"{tp} ranks cannot each hold a part of model.vocab_size ({vocabulary}) rows",
+    )
     require(
         not parallel.sp or model.hidden_size % tp == 0,
         "parallel.tp",

@@ -146,7 +146,11 @@ class StreamReader:
             if not isinstance(stored, TensorStorageMetadata):
                 raise UserError(f"{folder}: {key} is missing (it holds {weight.hf})")
             expected = weight.shape if weight.layer is None else (num_layers, *weight.shape)
-            if tuple(stored.size) != expected:
+            # A layout whose tp did not divide the vocabulary has stored padding rows after it.
+            is_padded = weight.is_vocabulary and stored.size[0] > expected[0]
+            if (expected[0], *stored.size[1:]) != expected or not (
+                is_padded or stored.size[0] == expected[0]
+            ):
                 raise UserError(f"{folder}: {key} has shape {list(stored.size)}, expected {list(expected)}")
             dtypes.add(stored.properties.dtype)
         if len(dtypes) != 1:
@@ -154,7 +158,7 @@ class StreamReader:
         self.dtype: torch.dtype = dtypes.pop()
 
     def read(self, weight: Weight) -> Tensor:
-        """The full mcore tensor of a weight, put together from its chunks."""
+        """The full mcore tensor of a weight, put together from its chunks, without padding rows."""
         key = storage_key(weight)
         stored = self._index.state_dict_metadata[key]
         assert isinstance(stored, TensorStorageMetadata)
@@ -162,19 +166,20 @@ class StreamReader:
         chunks = [c for c in stored.chunks if all(c.offsets[0] == layer for layer in first)]
         whole: Tensor | None = None
         num_filled = 0
+        size = tuple(stored.size[len(first) :])
         for chunk in chunks:
             offset, shape = chunk.offsets[len(first) :], chunk.sizes[len(first) :]
             part = self._load(MetadataIndex(key, chunk.offsets)).reshape(shape)
             num_filled += part.numel()
-            if tuple(shape) == weight.shape:
+            if tuple(shape) == size:
                 whole = part
                 break
             if whole is None:
-                whole = torch.empty(weight.shape, dtype=stored.properties.dtype)
+                whole = torch.empty(size, dtype=stored.properties.dtype)
             whole[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))] = part
         if whole is None or num_filled != whole.numel():
             raise UserError(f"{self.folder}: {key}: the chunks of {weight.hf} do not cover it")
-        return whole
+        return whole[: weight.shape[0]] if weight.is_vocabulary else whole
 
     def _load(self, index: MetadataIndex) -> Tensor:
         info = self._index.storage_data[index]

@@ -25,7 +25,7 @@ from phi4r_kernels.linear_loss import LinearLossResult, linear_logprobs, linear_
 from torch import Tensor
 
 from phi4r.configs.sections import ModelConfig, ParallelConfig
-from phi4r.configs.stages import uneven_stages
+from phi4r.configs.stages import uneven_stages, vocab_rows
 from phi4r.errors import UserError
 from phi4r.model.attention import CoreAttention
 from phi4r.model.backends import select_backend
@@ -53,6 +53,15 @@ class LogprobHead(ColumnParallelLinear):
     """The output layer, vocabulary-parallel: gives a loss, or log-probs and entropies of labels, and never
     holds [tokens, vocabulary] logits."""
 
+    vocab_size: int
+    """Rows of the whole vocabulary; what the ranks hold beyond it is padding."""
+
+    @property
+    def num_real_rows(self) -> int:
+        """Rows of this rank's weight that are tokens."""
+        rows = self.weight.size(0)
+        return min(rows, self.vocab_size - self.tp_group.rank() * rows)
+
     def forward(  # type: ignore[override]
         self, hidden: Tensor, request: HeadRequest, gather_sequence: bool
     ) -> Tensor | LinearLossResult:
@@ -66,6 +75,9 @@ class LogprobHead(ColumnParallelLinear):
         if request.logits_at is not None:
             return self._gathered_logits(hidden_TD[request.logits_at])
         assert request.labels_T is not None
+        # Without the padding rows: they get no probability, and no gradient but zeros.
+        rows = self.num_real_rows
+        weight = self.weight if rows == self.weight.size(0) else self.weight[:rows]
         options: dict[str, Any] = dict(
             vocab_start=self.tp_group.rank() * self.weight.size(0),
             group=self.tp_group,
@@ -76,13 +88,13 @@ class LogprobHead(ColumnParallelLinear):
         )
         if request.loss is None:
             values = linear_logprobs(
-                hidden_TD, self.weight, request.labels_T, select_T=request.select_T, **options
+                hidden_TD, weight, request.labels_T, select_T=request.select_T, **options
             )
             return torch.stack(values)
         options |= request.terms
         if mpu.get_context_parallel_world_size() > 1:
             options["sequence_group"] = mpu.get_context_parallel_group()
-        return linear_loss(hidden_TD, self.weight, request.labels_T, spec=request.loss, **options)
+        return linear_loss(hidden_TD, weight, request.labels_T, spec=request.loss, **options)
 
     def _gathered_logits(self, hidden_BD: Tensor) -> Tensor:
         logits_BV = hidden_BD.float() @ self.weight.float().T
@@ -90,23 +102,24 @@ class LogprobHead(ColumnParallelLinear):
             return logits_BV
         shards = [torch.empty_like(logits_BV) for _ in range(self.tp_group.size())]
         torch.distributed.all_gather(shards, logits_BV.contiguous(), group=self.tp_group)
-        return torch.cat(shards, dim=1)
+        return torch.cat(shards, dim=1)[:, : self.vocab_size]
 
 
 class Phi4Model(GPTModel):
     """GPTModel whose last stage answers the row's `HeadRequest` instead of returning logits."""
 
-    def __init__(self, config: TransformerConfig, model: ModelConfig, vocab_size: int, **stage: Any) -> None:
+    def __init__(self, config: TransformerConfig, model: ModelConfig, **stage: Any) -> None:
         layer = get_gpt_layer_local_spec(normalization="RMSNorm")
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
         layer.submodules.self_attention.submodules.core_attention = CoreAttention
+        tp = config.tensor_model_parallel_size
         num_layers = get_num_layers_to_build(config, stage["vp_stage"])
         super().__init__(
             config=config,
             transformer_layer_spec=TransformerBlockSubmodules(
                 layer_specs=[layer] * num_layers, layer_norm=RMSNorm
             ),
-            vocab_size=vocab_size,
+            vocab_size=vocab_rows(model.vocab_size, tp) * tp,
             max_sequence_length=model.max_position_embeddings,
             share_embeddings_and_output_weights=False,
             position_embedding_type="none",  # CoreAttention rotates
@@ -116,6 +129,7 @@ class Phi4Model(GPTModel):
         if self.post_process:
             # GPTModel names its output layer's class itself; ours adds no state, so the built one is retyped.
             self.output_layer.__class__ = LogprobHead
+            self.output_layer.vocab_size = model.vocab_size
 
     def forward(self, input_ids: Tensor, context: PackedContext) -> Tensor:  # type: ignore[override]
         """input_ids int64 [1, T local]; returns hidden states between stages, the head's answer on the
@@ -205,7 +219,7 @@ def _mark_sharded_parameters(chunk: Phi4Model) -> None:
 def build_model(model: ModelConfig, parallel: ParallelConfig, *, recompute: str = "none") -> list[Phi4Model]:
     """This rank's model chunks (one per virtual stage), parameters allocated but not filled.
 
-    Call after `init_layout`. `model.vocab_size` must be set (a multiple of tp).
+    Call after `init_layout`. `model.vocab_size` must be set.
     """
     config = transformer_config(model, parallel, recompute)
     chunks = []
@@ -215,7 +229,6 @@ def build_model(model: ModelConfig, parallel: ParallelConfig, *, recompute: str 
         chunk = Phi4Model(
             config,
             model,
-            model.vocab_size,
             pre_process=mpu.is_pipeline_first_stage(ignore_virtual=ignore_virtual, vp_stage=vp_stage),
             post_process=mpu.is_pipeline_last_stage(ignore_virtual=ignore_virtual, vp_stage=vp_stage),
             vp_stage=vp_stage,

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from phi4r.configs.stages import vocab_rows
 from phi4r.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,6 +47,11 @@ class Weight:
     """Global 0-based layer, None outside the decoder layers."""
     qkv: tuple[int, int, int] | None = None
     """(N, K, H) of a QKV weight."""
+
+    @property
+    def is_vocabulary(self) -> bool:
+        """Whether its rows are tokens: the embedding and the head, which tensor parallelism may pad."""
+        return self.layer is None and self.shard_dim == 0
 
 
 # per-layer part of the table: (HF suffix, mcore suffix, kind, shard_dim); shapes come from _layer_shapes
@@ -139,12 +145,19 @@ def from_mcore(weight: Weight, mcore_tensor: Tensor) -> Tensor:
 
 
 def shard(weight: Weight, mcore_tensor: Tensor, tp_rank: int, tp: int) -> Tensor:
-    """The part of a full mcore tensor that rank `tp_rank` of `tp` holds (a view where possible).
+    """The part of a full mcore tensor that rank `tp_rank` of `tp` holds (a view where possible). A vocabulary
+    that `tp` does not divide ends in rows of zeros.
 
-    Raises UserError where `tp` does not divide what it has to cut (vocabulary, KV heads, FFN).
+    Raises UserError where `tp` does not divide what else it has to cut (KV heads, FFN).
     """
     if tp == 1 or weight.shard_dim is None:
         return mcore_tensor
+    if weight.is_vocabulary:
+        rows = vocab_rows(weight.shape[0], tp)
+        part = mcore_tensor[tp_rank * rows : (tp_rank + 1) * rows]
+        return (
+            torch.cat([part, part.new_zeros(rows - len(part), weight.shape[1])]) if len(part) < rows else part
+        )
     if weight.kind == "gate_up":
         gate, up = mcore_tensor.chunk(2)
         return torch.cat([_cut(weight, gate, tp_rank, tp), _cut(weight, up, tp_rank, tp)])
@@ -164,7 +177,8 @@ def unshard(weight: Weight, shards: Sequence[Tensor]) -> Tensor:
     if weight.kind == "gate_up":
         halves = [s.chunk(2) for s in shards]
         return torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
-    return torch.cat(list(shards), weight.shard_dim)
+    whole = torch.cat(list(shards), weight.shard_dim)
+    return whole[: weight.shape[0]] if weight.is_vocabulary else whole
 
 
 def _cut(weight: Weight, tensor: Tensor, tp_rank: int, tp: int) -> Tensor:

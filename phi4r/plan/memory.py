@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from phi4r.configs.sections import RolloutConfig
-from phi4r.configs.stages import RLConfig, SFTConfig
+from phi4r.configs.stages import RLConfig, SFTConfig, vocab_rows
 from phi4r.plan.activations import Activations, Kernels
 from phi4r.plan.states import BYTES, FP32, States, rank_chunks, rank_states, stage_layers
 
@@ -96,7 +96,7 @@ def stage_memory(config: SFTConfig | RLConfig, pp_rank: int, kernels: Kernels | 
     activations = Activations(model, parallel, config.train, row_tokens(config), kernels)
     tokens, width, hidden = activations.tokens, activations.width, model.hidden_size
     is_last = pp_rank == parallel.pp - 1
-    vocabulary = model.vocab_size // parallel.tp
+    vocabulary = vocab_rows(model.vocab_size, parallel.tp)
     head = 0
     if is_last:
         # One chunk's fp32 logits, which become their own gradient, and the gradients of hidden states and

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from phi4r.configs.sections import ModelConfig, ParallelConfig
-from phi4r.configs.stages import uneven_stages
+from phi4r.configs.stages import uneven_stages, vocab_rows
 
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2}
 """Bytes of one value of `model.dtype`. Gradients and optimizer state are fp32, or fp64 with an fp64 model."""
@@ -64,7 +64,7 @@ def layer_weights(model: ModelConfig, tp: int) -> list[int]:
 def chunk_weights(model: ModelConfig, tp: int, num_layers: int, *, first: bool, last: bool) -> list[int]:
     """numel of the parameters of a model chunk of `num_layers` layers; `first` has the embedding, `last` the
     final norm and the head."""
-    table = model.vocab_size // tp * model.hidden_size
+    table = vocab_rows(model.vocab_size, tp) * model.hidden_size
     weights = [table] if first else []
     weights += layer_weights(model, tp) * num_layers
     return weights + ([model.hidden_size, table] if last else [])

@@ -22,7 +22,7 @@ from phi4r.configs.sections import (
     RolloutConfig,
     TrainConfig,
 )
-from phi4r.configs.stages import STAGES, RLConfig, SFTConfig, check_layout
+from phi4r.configs.stages import STAGES, RLConfig, SFTConfig, check_layout, vocab_rows
 from phi4r.errors import ConfigError
 
 PHI4 = ModelConfig.from_preset("phi4")
@@ -54,8 +54,8 @@ def test_the_size_is_not_guessed_before_the_vocabulary_is_known() -> None:
         _ = ModelConfig.from_preset("tiny").num_parameters
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-def test_phi4_fits_tensor_parallel_sizes_that_divide_its_heads_and_vocabulary(tp: int) -> None:
+@pytest.mark.parametrize("tp", [1, 2, 5, 10])
+def test_phi4_fits_tensor_parallel_sizes_that_divide_its_heads(tp: int) -> None:
     check_layout(PHI4, ParallelConfig(tp=tp))
 
 
@@ -66,10 +66,24 @@ def test_phi4_refuses_other_tensor_parallel_sizes_with_the_reason(tp: int) -> No
     assert caught.value.key == "parallel.tp"
 
 
-def test_five_would_fit_the_heads_of_phi4_but_not_its_vocabulary() -> None:
-    with pytest.raises(ConfigError, match=r"5 does not divide model.vocab_size \(100352\)"):
-        check_layout(PHI4, ParallelConfig(tp=5))
-    check_layout(dataclasses.replace(PHI4, vocab_size=100_360), ParallelConfig(tp=5))
+def test_the_vocabulary_of_phi4_is_padded_where_tensor_parallelism_does_not_divide_it() -> None:
+    assert [vocab_rows(PHI4.vocab_size, tp) * tp - PHI4.vocab_size for tp in (1, 2, 5, 10)] == [
+        0,
+        0,
+        128,
+        128,
+    ]
+    for tp in range(1, 9):
+        for size in range(1, 400):
+            rows = vocab_rows(size, tp)
+            assert size <= rows * tp < size + tp * 64
+            assert size % tp or rows * tp == size
+
+
+def test_a_vocabulary_too_small_for_its_ranks_is_refused() -> None:
+    model = dataclasses.replace(PHI4, vocab_size=11)
+    with pytest.raises(ConfigError, match=r"5 ranks cannot each hold a part of model.vocab_size \(11\)"):
+        check_layout(model, ParallelConfig(tp=5))
 
 
 # What is refused: how to make it, the key that is named, and a piece of the reason.

@@ -89,6 +89,7 @@ def checkpoint(hf: tuple[Path, Phi3ForCausalLM], tmp_path_factory: pytest.TempPa
 
 
 @pytest.mark.multiprocess
+@pytest.mark.proves("Logits equal those of transformers", how="converted folders", layouts="tp 1, tp 2, pp 2")
 def test_logits_equal_those_of_transformers_in_every_layout(
     hf: tuple[Path, Phi3ForCausalLM], checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -108,6 +109,9 @@ def test_logits_equal_those_of_transformers_in_every_layout(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.proves(
+    "Hugging Face -> phi4r -> Hugging Face is bit-identical", how="every tensor, fp32 and bf16"
+)
 def test_there_and_back_is_bit_identical_and_transformers_loads_it(
     dtype: torch.dtype, tmp_path: Path
 ) -> None:

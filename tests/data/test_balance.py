@@ -34,6 +34,9 @@ def test_the_cost_of_a_row_counts_the_pairs_inside_its_documents_and_its_padding
         )
     )
 )
+@pytest.mark.proves(
+    "Rows are dealt to data-parallel ranks once, and evenly", how="random costs", layouts="dp 1 to 8"
+)
 def test_every_row_is_dealt_once_and_every_rank_gets_as_many(case: tuple[int, list[int]]) -> None:
     num_ranks, costs = case
     shares = share_out(costs, num_ranks)

@@ -80,6 +80,7 @@ def test_the_number_of_workers_changes_no_byte(built: tuple[Path, Path], tmp_pat
     assert digests(tmp_path / "out") == digests(out)
 
 
+@pytest.mark.proves("A build killed at any moment goes on to the same bytes", how="kill -9")
 def test_a_build_killed_at_any_moment_goes_on_to_the_same_bytes(
     built: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +17,7 @@ def first_items(num_items: int, per_step: int, num_steps: int, seed: int = 0, st
 
 
 @given(num_items=sizes, per_step=sizes, seed=st.integers(0, 2**31))
+@pytest.mark.proves("Every document comes once an epoch", how="counters, any batch size")
 def test_every_item_comes_once_an_epoch_whatever_a_step_takes(
     num_items: int, per_step: int, seed: int
 ) -> None:

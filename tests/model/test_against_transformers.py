@@ -76,6 +76,10 @@ def engine() -> Engine:
     return made
 
 
+@pytest.mark.proves(
+    "A document never sees another",
+    how="loss and every gradient of packed rows against transformers' Phi3, document by document",
+)
 def test_packed_loss_and_every_gradient_equal_transformers_one_document_at_a_time(engine: Engine) -> None:
     reference = transformers_model()
     loss = reference_loss(reference)
@@ -96,6 +100,7 @@ def test_packed_loss_and_every_gradient_equal_transformers_one_document_at_a_tim
     assert checked == len(expected)
 
 
+@pytest.mark.proves("Optimizer steps are those of AdamW", how="transformers' Phi3 with torch's AdamW")
 def test_optimizer_steps_equal_transformers_with_torch_adamw(engine: Engine) -> None:
     reference = transformers_model()
     matrices = [p for p in reference.parameters() if p.dim() == 2]

@@ -28,6 +28,11 @@ def context_of(bounds: list[int], cp: int, rank: int) -> PackedContext:
 
 
 @pytest.mark.parametrize("cp", [1, 2])
+@pytest.mark.proves(
+    "Training with the Triton attention equals the reference",
+    how="interpreted on CPU, forward and gradients",
+    layouts="cp 1, cp 2",
+)
 def test_triton_equals_the_reference_on_every_rank(cp: int) -> None:
     bounds = [0, 5, 6, 40, 48]
     torch.manual_seed(torch.seed())

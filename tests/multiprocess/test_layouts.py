@@ -47,6 +47,10 @@ CASES = [case for case in layouts.cases() if not case.bug]
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+@pytest.mark.proves(
+    "Losses and gradient norms of SFT, GRPO and GSPO do not depend on the layout",
+    how="5 optimizer steps against one process: 1e-5 and 1e-4 relative in fp32, 1e-12 in fp64",
+)
 def test_layout_gives_the_losses_and_gradient_norms_of_one_process(
     results: Results, case: layouts.Case
 ) -> None:
@@ -63,6 +67,7 @@ def test_layout_gives_the_losses_and_gradient_norms_of_one_process(
     [case for case in CASES if case.layout in ("pp2", "pp2vpp2", "pp3", "pp4")],
     ids=lambda case: case.name,
 )
+@pytest.mark.proves("Pipeline stages equal one process to the last bit", how="the same steps, difference 0")
 def test_pipeline_stages_equal_one_process_to_the_last_bit(results: Results, case: layouts.Case) -> None:
     # Stages split no sum but the gradient norm's, which is taken in fp64.
     assert deviation(results, case, "loss") == 0
@@ -76,6 +81,10 @@ def test_the_training_moves_the_loss_so_that_equality_says_something(results: Re
 
 
 @pytest.mark.parametrize("layout", layouts.SAMPLING_LAYOUTS[1:])
+@pytest.mark.proves(
+    "The same tokens are sampled in every layout",
+    how="token by token against one process, fewer cache slots than requests",
+)
 def test_layout_samples_the_tokens_of_one_process(results: dict[str, list[list[int]]], layout: str) -> None:
     reference = results["tp1-samples"]
     assert len({len(tokens) for tokens in reference}) > 2, "sequences should end at different times"
@@ -92,5 +101,9 @@ def test_live_weights_are_exported_as_those_of_one_process(
 
 
 @pytest.mark.parametrize("case", [c for c in layouts.cases() if c.bug], ids=lambda c: c.name)
+@pytest.mark.proves(
+    "The layout matrix sees planted bugs",
+    how="stages that lose cu_seqlens, losses averaged per microbatch: the gradient norm moves",
+)
 def test_the_matrix_sees_planted_bugs(results: Results, case: layouts.Case) -> None:
     assert deviation(results, case, "grad_norm") > 1e-3

@@ -45,6 +45,11 @@ def reference(
 
 
 @pytest.mark.parametrize("layout", ["tp", "pp"])
+@pytest.mark.proves(
+    "The quick start's recipe gives the same losses on two ranks",
+    how="10 steps of SFT, 3 of GRPO, 1e-4",
+    layouts="tp 2, pp 2",
+)
 def test_two_ranks_give_the_losses_of_one(
     layout: str, reference: tuple[Path, list[dict[str, float]], list[dict[str, float]]], tmp_path: Path
 ) -> None:

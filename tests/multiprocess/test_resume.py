@@ -68,6 +68,11 @@ def kill_after(words: list[str], run_dir: Path, num_rows: int) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.proves(
+    "A run killed with SIGKILL continues bit for bit",
+    how="metrics of an uninterrupted run, equal",
+    layouts="one rank, dp 2",
+)
 def test_a_killed_run_continues_bit_for_bit(name: str, tmp_path: Path) -> None:
     words = CASES[name]
     finish(words, tmp_path / "whole")

@@ -13,6 +13,7 @@ from phi4r.parallel.launch import run_ranks
 
 
 @pytest.mark.multiprocess
+@pytest.mark.proves("Every patch of the CPU platform is needed", how="each left out once")
 def test_every_patch_is_needed(tmp_path: Path) -> None:
     payload = {"run_dir": str(tmp_path / "run")}
     found = run_ranks("tests.parallel.platform_probe:main", payload, 2, tmp_path, timeout_s=120)
@@ -20,6 +21,9 @@ def test_every_patch_is_needed(tmp_path: Path) -> None:
     assert [name for name, error in found.items() if not error] == []
 
 
+@pytest.mark.proves(
+    "The CPU platform is inert where CUDA is available", how="a machine that says it has CUDA"
+)
 def test_the_platform_does_nothing_where_cuda_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.cuda.current_device
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -86,6 +86,11 @@ LAYOUTS: list[dict[str, Any]] = [
 ]
 
 
+LAYOUT_NAMES = ", ".join(
+    "_".join(f"{key}{int(value)}" for key, value in layout.items()) or "one" for layout in LAYOUTS
+).replace("distributed_optimizer0", "plain")
+
+
 def is_valid(case: Case) -> bool:
     """Whether the shape can be cut so."""
     layout = case.layout

@@ -35,6 +35,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+@pytest.mark.proves(
+    "Weights, gradients and optimizer state are predicted to the byte",
+    how="storages of real ranks",
+    layouts=memory_ranks.LAYOUT_NAMES,
+)
 def test_weights_gradients_and_optimizer_state_are_predicted_to_the_byte(
     results: Results, case: memory_ranks.Case
 ) -> None:
@@ -50,6 +55,11 @@ WITHIN_A_TENTH = [case for case in CASES if case.name != "tp2_sp1-odd-fp32-128-s
 
 
 @pytest.mark.parametrize("case", WITHIN_A_TENTH, ids=[case.name for case in WITHIN_A_TENTH])
+@pytest.mark.proves(
+    "Saved activations are predicted within a tenth",
+    how="autograd's saved-tensor hooks on real ranks",
+    layouts=memory_ranks.LAYOUT_NAMES,
+)
 def test_saved_activations_are_predicted_within_a_tenth(results: Results, case: memory_ranks.Case) -> None:
     kernels = cpu_kernels(case.model, case.length)
     activations = Activations(

@@ -97,11 +97,13 @@ def test_the_best_layout_uses_every_gpu_fits_and_can_be_given_back_as_overrides(
     assert all(candidate.excess_gib(cluster) > 0 for candidate in found.too_big)
 
 
-def test_tensor_parallel_five_and_ten_are_refused_for_the_vocabulary() -> None:
+def test_tensor_parallel_five_and_ten_are_for_nodes_that_they_divide() -> None:
     found, _, _ = plan(load_stage("sft", "phi4_sft"), Options(nodes=5))
-    assert "vocab_size (100352)" in found.refused["tp 5"]
-    assert "vocab_size (100352)" in found.refused["tp 10"]
+    assert "8 GPUs of a node" in found.refused["tp 5"]
     assert {c.config.parallel.tp for c in found.fitting + found.too_big} == {1, 2}
+    rows = ["data.seq_length=32760"]  # sequence parallelism cuts rows into tp parts
+    found, _, _ = plan(load_stage("sft", "phi4_sft", rows), Options(nodes=4, gpus_per_node=10))
+    assert {c.config.parallel.tp for c in found.fitting + found.too_big} == {1, 2, 5, 10}
 
 
 def test_recomputing_layers_costs_time_and_saves_memory() -> None:

@@ -114,6 +114,10 @@ def close(found: list[float], expected: list[float]) -> None:
 @pytest.mark.multiprocess
 @pytest.mark.slow  # a quarter of an hour where other jobs run
 @pytest.mark.parametrize("run", SAVED)
+@pytest.mark.proves(
+    "Resuming in the same layout is bit-identical",
+    how="losses of an uninterrupted run, equal",
+)
 def test_resuming_in_the_same_layout_is_bit_identical(losses: Losses, run: str) -> None:
     sizes = SAVED[run][0]
     assert losses[key("resume", run, sizes)] == losses[key("save", run, sizes)][ranks.SAVE_AT :]
@@ -122,6 +126,7 @@ def test_resuming_in_the_same_layout_is_bit_identical(losses: Losses, run: str) 
 @pytest.mark.multiprocess
 @pytest.mark.slow  # a quarter of an hour where other jobs run
 @pytest.mark.parametrize(("run", "sizes"), RESHARDED, ids=str)
+@pytest.mark.proves("A checkpoint loads in another layout", how="losses after loading")
 def test_resuming_in_another_layout_goes_on_with_the_same_losses(
     losses: Losses, run: str, sizes: dict
 ) -> None:

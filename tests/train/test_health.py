@@ -60,6 +60,9 @@ def steps(tmp_path: Path) -> list[int]:
 
 
 @pytest.mark.multiprocess
+@pytest.mark.proves(
+    "A replica that drifted by one bit stops the run", how="a bit flipped in one rank", layouts="dp 3"
+)
 def test_a_replica_that_drifted_by_one_bit_stops_the_run_and_is_named(tmp_path: Path) -> None:
     message = job("drift", tmp_path, dp=3)
     assert "step 3: the copies of the model have drifted apart (train.check_replicas_every)" in message

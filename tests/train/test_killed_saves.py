@@ -96,6 +96,9 @@ def killed_runs(tmp_path: Path, kills: int) -> None:
     assert rows[-1]["before"] > 0
 
 
+@pytest.mark.proves(
+    "Runs killed while saving resume from a whole checkpoint", how="kill -9 at random moments"
+)
 def test_runs_killed_with_9_while_saving_always_resume_from_a_whole_checkpoint(tmp_path: Path) -> None:
     killed_runs(tmp_path, 5)
 

@@ -240,6 +240,7 @@ def flip(path: Path, position: int) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.proves("A flipped bit in a checkpoint is found", how="CRC-32 of every file")
 def test_a_flipped_bit_anywhere_is_found_and_its_file_named(copy: Path) -> None:
     folder = find_latest(copy)
     assert folder is not None
