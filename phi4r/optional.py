@@ -35,7 +35,7 @@ TABLE: dict[str, Optional] = {
         Optional(
             "flash_attn",
             "flash-attn",
-            "GPU attention (a later version)",
+            "model.attention_backend = flash_attn",
             "pip install 'phi4r[flash-attn]'",
         ),
         Optional(

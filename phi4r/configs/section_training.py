@@ -47,9 +47,9 @@ class ModelConfig:
     dtype: Literal["fp64", "fp32", "bf16"] = "fp32"
     """Compute and weight type. With bf16 the optimizer keeps fp32 master weights. fp64 is for proofs on CPU:
     it leaves a chaotic run nine more digits before rounding shows."""
-    attention_backend: Literal["auto", "reference", "sdpa", "triton"] = "auto"
-    """Attention: "reference" is written out in fp32, "sdpa" is torch's, "triton" our kernels; "auto" takes
-    the fastest that runs here (see `phi4r doctor`)."""
+    attention_backend: Literal["auto", "reference", "sdpa", "triton", "flash_attn"] = "auto"
+    """Attention: "reference" is written out in fp32, "sdpa" is torch's, "triton" our kernels,
+    "flash_attn" that package; "auto" takes the fastest of ours that runs here (see `phi4r doctor`)."""
 
     def __post_init__(self) -> None:
         names = ", ".join(PRESETS)

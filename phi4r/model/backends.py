@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from phi4r import optional
 from phi4r.errors import UserError
 from phi4r.model.packed import PackedContext
 
@@ -72,10 +73,24 @@ def triton_attention(q: Tensor, k: Tensor, v: Tensor, context: PackedContext, sc
     return flash_attention(q, k, v, context.plan(), scale=scale)[0]
 
 
+def flash_attn_attention(q: Tensor, k: Tensor, v: Tensor, context: PackedContext, scale: float) -> Tensor:
+    """The package flash-attn (2.1 or later: causal masks are aligned at the last query and key)."""
+    function = optional.require("flash_attn").flash_attn_varlen_func
+    pieces = context.varlen()
+    if pieces.key_index is not None:
+        k, v = k[pieces.key_index], v[pieces.key_index]
+    out: Tensor = function(
+        q, k, v, pieces.query_bounds, pieces.key_bounds, pieces.max_queries, pieces.max_keys,
+        softmax_scale=scale, causal=True,
+    )  # fmt: skip
+    return out
+
+
 BACKENDS: dict[str, Backend] = {
     "reference": reference_attention,
     "sdpa": sdpa_attention,
     "triton": triton_attention,
+    "flash_attn": flash_attn_attention,
 }
 
 
@@ -99,6 +114,15 @@ def why_not_triton(head_dim: int, dtype: str) -> str:
     return ""
 
 
+def why_not_flash_attn(dtype: str) -> str:
+    """Why the package flash-attn cannot be used here; "" if it can."""
+    if not optional.available("flash_attn"):
+        return f"flash-attn is not installed: {optional.TABLE['flash_attn'].install}"
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    return "" if dtype == "bf16" else f"model.dtype is {dtype}, flash-attn takes bf16"
+
+
 def select_backend(name: str, head_dim: int = 128, dtype: str = "bf16") -> str:
     """The backend that `model.attention_backend = name` means on this machine for a model with these heads:
     "auto" is triton on a GPU where its kernels fit, else sdpa. UserError if `name` cannot run here."""
@@ -111,4 +135,6 @@ def select_backend(name: str, head_dim: int = 128, dtype: str = "bf16") -> str:
         )
     if name == "triton" and (reason := why_not_triton(head_dim, dtype)):
         raise UserError(f"model.attention_backend: triton cannot be used: {reason}; expected auto or sdpa")
+    if name == "flash_attn" and (reason := why_not_flash_attn(dtype)):
+        raise UserError(f"model.attention_backend: flash_attn cannot be used: {reason}")
     return name

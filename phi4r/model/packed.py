@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -49,6 +49,18 @@ class HeadRequest:
     logits_at: Tensor | None = None
 
 
+class Varlen(NamedTuple):
+    """Pieces of documents one after another: bounds int32 [pieces + 1] of their queries and of their keys,
+    the longest of each, and the row positions of the keys int64 (None: all of the row, in order). The last
+    query of a piece sits on its last key."""
+
+    query_bounds: Tensor
+    key_bounds: Tensor
+    max_queries: int
+    max_keys: int
+    key_index: Tensor | None
+
+
 @dataclass
 class PackedContext(PackedSeqParams):
     """One packed row, or one decoding step, as attention sees it.
@@ -72,6 +84,7 @@ class PackedContext(PackedSeqParams):
     _segments: list[tuple[int, int, int, int]] | None = None
     _rotary: tuple[Tensor, Tensor] | None = None
     _plan: AttentionPlan | None = None
+    _varlen: Varlen | None = None
 
     def query_index(self) -> Tensor:
         """Row positions int64 [T local] of this rank's queries."""
@@ -104,6 +117,23 @@ class PackedContext(PackedSeqParams):
                         offset = local * length - lo
                         self._segments.append((first + offset, last + offset, start, last))
         return self._segments
+
+    def varlen(self) -> Varlen:
+        """This rank's pieces as FlashAttention's variable-length calls take them; made once per row."""
+        if self._varlen is None:
+            device = self.cu_seqlens_q.device
+            pieces = self.segments()
+            queries = [q_hi - q_lo for q_lo, q_hi, _, _ in pieces]
+            keys = [k_hi - k_lo for _, _, k_lo, k_hi in pieces]
+            bounds = [
+                torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+                for lengths in (queries, keys)
+            ]
+            index = None
+            if self.cp > 1:  # a piece that starts inside its document needs all earlier keys once more
+                index = torch.cat([torch.arange(k_lo, k_hi) for _, _, k_lo, k_hi in pieces]).to(device)
+            self._varlen = Varlen(bounds[0], bounds[1], max(queries), max(keys), index)
+        return self._varlen
 
     def plan(self) -> AttentionPlan:
         """Tiles of this rank's queries against the whole row for the Triton kernels; made once per row."""

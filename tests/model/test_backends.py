@@ -52,6 +52,45 @@ def test_triton_equals_the_reference_on_every_rank(cp: int) -> None:
             assert error <= np.finfo(np.float32).eps * 96
 
 
+@pytest.mark.parametrize("cp", [1, 2, 4])
+def test_the_pieces_for_flash_attn_are_the_attention_of_the_reference(cp: int) -> None:
+    """The package does not run here: its contract (pieces one after another, a causal mask aligned at the
+    last query and key) is written out instead."""
+    bounds = [0, 5, 6, 40, 48]
+    q = torch.randn(48, TINY.num_attention_heads, TINY.head_dim, dtype=torch.float64)
+    k, v = torch.randn(2, 48, TINY.num_query_groups, TINY.head_dim, dtype=torch.float64)
+    for rank in range(cp):
+        context = context_of(bounds, cp, rank)
+        mine = q[zigzag.local_index(48, cp, rank)]
+        pieces = context.varlen()
+        keys, values = (x if pieces.key_index is None else x[pieces.key_index] for x in (k, v))
+        starts, key_starts = pieces.query_bounds.tolist(), pieces.key_bounds.tolist()
+        out = []
+        for i in range(len(starts) - 1):
+            piece = mine[starts[i] : starts[i + 1]].transpose(0, 1)
+            seen = slice(key_starts[i], key_starts[i + 1])
+            n, m = piece.size(1), seen.stop - seen.start
+            assert n <= pieces.max_queries
+            assert m <= pieces.max_keys
+            mask = torch.ones(n, m, dtype=torch.bool).tril(m - n)
+            kv = (x[seen].transpose(0, 1) for x in (keys, values))
+            found = torch.nn.functional.scaled_dot_product_attention(
+                piece, *kv, attn_mask=mask, scale=0.2, enable_gqa=True
+            )
+            out.append(found.transpose(0, 1))
+        torch.testing.assert_close(
+            torch.cat(out), reference_attention(mine, k, v, context, 0.2), rtol=0, atol=1e-12
+        )
+        assert context.varlen() is pieces
+
+
+def test_flash_attn_without_the_package_is_refused_with_the_way_to_get_it() -> None:
+    with pytest.raises(
+        UserError, match=r"flash_attn cannot be used: flash-attn is not installed: pip install"
+    ):
+        select_backend("flash_attn")
+
+
 def test_a_row_is_planned_once() -> None:
     context = context_of([0, 5, 48], 1, 0)
     assert context.plan() is context.plan()
