@@ -13,8 +13,8 @@ key blocks and one of STAGES value blocks connect them: `full` barriers are pass
 `empty` ones when both consumers have read a block. The n-th use of a ring's slot waits for parity
 (n / STAGES) mod 2; a fresh barrier lets a wait for parity 1 pass.
 
-Shared memory, H = 128: 32 KB queries, 2 x 2 x 32 KB keys and values, 16 KB for each consumer to rearrange its
-output: 192 KB. Gluon cannot be interpreted.
+Shared memory, H = 128: 32 KB queries, 2 x 2 x 32 KB keys and values, 16 KB in which outputs are rearranged,
+96 bytes of barriers: 180,320 bytes. Gluon cannot be interpreted.
 """
 
 from __future__ import annotations

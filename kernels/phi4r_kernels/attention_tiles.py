@@ -2,19 +2,20 @@
 ships.
 
 The forward and dQ kernels take query tiles of Q_TILE, the dK/dV kernel key tiles of K_TILE; a Launch says how
-many rows of the other side one step of their loop takes. Chosen from what the compiler says without a GPU: no
-spills, `wgmma` on Hopper, shared memory within the device (`python -m benchmarks.compile_check`).
+many rows of the other side one step of their loop takes. Chosen from what the compiler says without a GPU
+(`python -m benchmarks.compile_check`): no spills, `wgmma` on Hopper, `tcgen05` on Blackwell, shared memory
+within the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from phi4r_kernels import attention_kernels as kernels
+from phi4r_kernels.aot import Variant
 from phi4r_kernels.attention_plan import K_TILE, Q_TILE
 
 
@@ -42,16 +43,16 @@ class Tiles:
 
 TILES: dict[int, dict[int, Tiles]] = {
     80: {
-        64: Tiles(Launch(64, 4, 3), Launch(64, 8, 2), Launch(64, 8, 2), Launch(64, 8, 2)),
-        128: Tiles(Launch(64, 8, 2), Launch(32, 8, 2), Launch(32, 8, 2), Launch(64, 8, 2)),
+        64: Tiles(Launch(32, 8, 3), Launch(32, 8, 2), Launch(16, 8, 2), Launch(64, 8, 2)),
+        128: Tiles(Launch(32, 8, 2), Launch(16, 8, 2, 64), Launch(32, 8, 2, 64), Launch(32, 8, 2)),
     },
     90: {
         64: Tiles(Launch(128, 8, 2), Launch(64, 8, 2), Launch(64, 8, 2), Launch(128, 8, 2)),
         128: Tiles(Launch(128, 8, 2), Launch(32, 8, 2), Launch(64, 8, 2), Launch(64, 8, 2)),
     },
     100: {
-        64: Tiles(Launch(128, 8, 2), Launch(64, 8, 2), Launch(64, 8, 2), Launch(128, 8, 2)),
-        128: Tiles(Launch(128, 8, 2), Launch(32, 8, 2), Launch(64, 8, 2), Launch(64, 8, 2)),
+        64: Tiles(Launch(128, 8, 2), Launch(64, 8, 2, 64), Launch(64, 8, 2), Launch(128, 8, 2)),
+        128: Tiles(Launch(128, 8, 2), Launch(64, 8, 2, 64), Launch(64, 8, 2), Launch(64, 8, 2)),
     },
 }
 """Compute capability (tens) -> head dimension -> launches. Head dimensions below 64 use the entry of 64."""
@@ -74,21 +75,6 @@ def arch_of(device: torch.device) -> int:
 def tiles_for(device: torch.device, head_dim: int) -> Tiles:
     """The launches for a device and head dimension."""
     return TILES[arch_of(device)][max(head_dim, 64)]
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One kernel as it is launched: what to give `triton.compile` ahead of time. signature: argument -> type
-    for all that is not a constexpr; aligned: arguments divisible by 16."""
-
-    name: str
-    arch: int
-    kernel: Any
-    signature: dict[str, str]
-    constexprs: dict[str, int | bool | None]
-    aligned: tuple[str, ...]
-    num_warps: int
-    num_stages: int
 
 
 _STRIDES = ("q_head", "k_head", "v_head", "do_head", "do_row")

@@ -319,10 +319,17 @@ class Launch(NamedTuple):
         return self.lanes * DEPTH.value
 
 
-def launch_of(size: int) -> Launch:
-    """Four lanes a thread; rows shorter than a block take a smaller one."""
+def launch_of(size: int, arch: int) -> Launch:
+    """Four lanes a thread; rows shorter than a block take a smaller one. Compiled for sm_80 (arch 80), a
+    third stage spills."""
     lanes = min(2048, triton.next_power_of_2(triton.cdiv(size, DEPTH.value)))
-    return Launch(lanes, max(1, lanes // 128), 3)
+    return Launch(lanes, max(1, lanes // 128), 3 if arch >= 90 else 2)
+
+
+def _arch(device: torch.device) -> int:
+    """Compute capability in tens and units; the interpreter's is Hopper's."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return 10 * major + minor
 
 
 def _num_programs(device: torch.device, count: int) -> int:
@@ -376,7 +383,7 @@ def _gradient_of(logits_CV: Tensor, dtype: torch.dtype) -> Tensor:
 def _stats_op(logits: Tensor, targets: Tensor, scale: float, with_entropy: bool) -> Tensor:
     count, size = logits.shape
     stats = logits.new_empty(4, count, dtype=torch.float32)
-    launch = launch_of(size)
+    launch = launch_of(size, _arch(logits.device))
     if count:
         _stats_kernel[(count,)](
             logits, targets, stats, count, size, logits.stride(0), scale,
@@ -415,7 +422,7 @@ def _grad_op(
 ) -> None:
     count, size = logits.shape
     grads = _gradient_of(logits, torch.bfloat16 if low else logits.dtype)
-    launch = launch_of(size)
+    launch = launch_of(size, _arch(logits.device))
     if count:
         _grad_kernel[(count,)](
             logits, grads, targets, values, count, size, logits.stride(0), grads.stride(0), scale,
@@ -442,7 +449,7 @@ def _loss_and_grad_op(
     count, size = logits.shape
     values = logits.new_empty(8, count, dtype=torch.float32)
     grads = _gradient_of(logits, torch.bfloat16 if low else logits.dtype)
-    launch = launch_of(size)
+    launch = launch_of(size, _arch(logits.device))
     if count:
         _loss_and_grad_kernel[(_num_programs(logits.device, count),)](
             logits, grads, targets, terms, values, count, size, logits.stride(0), grads.stride(0),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from phi4r_kernels import linear_loss_triton as kernels
-from phi4r_kernels.attention_tiles import Variant
+from phi4r_kernels.aot import Variant
 from phi4r_kernels.linear_loss_torch import LossSpec
 
 VOCABULARY = 100_352
@@ -46,9 +46,9 @@ def _variant(
 
 def variants() -> Iterator[Variant]:
     """Every kernel, for fp32 and bf16 logits and bf16 gradients, and the losses of SPECS."""
-    launch = kernels.launch_of(VOCABULARY)
-    stats = {"LANES": launch.lanes, "STAGES": launch.num_stages}
     for arch in ARCHS:
+        launch = kernels.launch_of(VOCABULARY, arch)
+        stats = {"LANES": launch.lanes, "STAGES": launch.num_stages}
         for logits in ("fp32", "bf16"):
             overlap = {"OVERLAP": logits == "fp32"}
             for name, (spec, on_policy) in SPECS.items():

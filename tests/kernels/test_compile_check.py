@@ -36,6 +36,14 @@ def test_every_shipped_kernel_compiles_for_hopper_without_spills() -> None:
         assert kernel in done.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["80", "100"])
+def test_every_shipped_kernel_compiles_for_other_architectures_without_spills(arch: str) -> None:
+    done = compile_check("--arch", arch)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"attention fused sm_{arch} H128" in done.stdout
+
+
 def test_planted_kernels_are_caught_and_named(tmp_path: Path) -> None:
     done = compile_check("--modules", "planted_variants", "--cache", str(tmp_path))
     assert done.returncode == 1, done.stdout + done.stderr
