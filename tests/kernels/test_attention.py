@@ -210,13 +210,48 @@ def test_slices_of_one_projection_need_no_copy_and_odd_layouts_get_one() -> None
         assert_within_budget(values_of(flash_attention, inputs, plan), inputs, plan)
 
 
+@pytest.mark.parametrize("deterministic", [False, True], ids=["fused", "deterministic"])
+def test_heads_may_lie_at_any_stride(deterministic: bool) -> None:
+    plan = plan_of([70, 30])
+    # From one head to the next: 32, 48, 64 and 96 elements, and none of them is copied.
+    inputs = [
+        torch.randn(100, heads, stride)[:, :, :32]
+        for heads, stride in ((4, 48), (2, 64), (2, 32), (4, 96))
+    ]  # fmt: skip
+    assert all(attention._rows(x) is x for x in inputs)
+    assert_within_budget(values_of(flash_attention, inputs, plan, deterministic=deterministic), inputs, plan)
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["fused", "deterministic"])
+def test_large_scores_do_not_overflow(deterministic: bool) -> None:
+    lengths = [150, 40]
+    plan, inputs = plan_of(lengths), random_inputs(sum(lengths), (2, 1), 16, torch.float32)
+    inputs[0] *= 200  # scores of some hundreds: exp2 ends at 128
+    found = values_of(flash_attention, inputs, plan, deterministic=deterministic)
+    assert found["lse"].max() > 200
+    assert_within_budget(found, inputs, plan)
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["fused", "deterministic"])
+def test_working_on_a_few_heads_at_a_time_changes_nothing(
+    deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = [150, 40]
+    plan, inputs = plan_of(lengths), random_inputs(sum(lengths), (6, 3), 16, torch.float32)
+    at_once = values_of(flash_attention, inputs, plan, deterministic=deterministic)
+    monkeypatch.setattr(attention, "L2_BYTES", 1)
+    assert attention._query_section(*inputs[:2]) == 2
+    in_turns = values_of(flash_attention, inputs, plan, deterministic=deterministic)
+    assert all(torch.equal(at_once[name], in_turns[name]) for name in NAMES)
+
+
 # --- torch operators
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_the_operators_are_what_torch_expects_of_them(deterministic: bool) -> None:
     plan = plan_of([20, 13])
-    q, k, v, do = random_inputs(33, (2, 1), 16, torch.float32)
+    q, k, v, do = random_inputs(33, (2, 1), 16, torch.bfloat16)  # the logsumexp is fp32
     leaves = [x.requires_grad_() for x in (q, k, v)]
     settings_ = 0.25, deterministic, "auto"
     torch.library.opcheck(attention._forward_op, (*leaves, plan.q_tiles, plan.k_tiles, *settings_))

@@ -24,6 +24,13 @@ from tests.kernels.gluon_simulator import Descriptor, Int, Pointer, launch  # no
 HEADS, KV_HEADS, DIM = 4, 2, 16
 
 
+def _spread(x: Tensor, factor: int) -> np.ndarray:
+    """x [T, heads, H] with heads factor * H apart, NaN between them."""
+    wide = np.full((x.size(0), x.size(1), factor * DIM), np.nan, np.float16)
+    wide[:, :, :DIM] = x.numpy()
+    return wide
+
+
 def simulated(
     q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, num_programs: int, section: int = HEADS
 ) -> tuple[Tensor, Tensor]:
@@ -32,14 +39,14 @@ def simulated(
     out = np.full(num_queries * HEADS * DIM, np.nan, np.float16)
     lse = np.full(num_queries * HEADS, np.nan, np.float32)
     q_desc, k_desc, v_desc = (
-        Descriptor(x.numpy().reshape(x.size(0), -1), [rows, DIM])
-        for x, rows in ((q, Q_TILE), (k, 128), (v, 128))
+        Descriptor(_spread(x, factor).reshape(x.size(0), -1), [rows, DIM])
+        for x, factor, rows in ((q, 1, Q_TILE), (k, 2, 128), (v, 3, 128))
     )
     tiles = plan.q_tiles.numpy()
     launch(
         hopper_kernel._attention_fwd_hopper_kernel, num_programs,
         q_desc, k_desc, v_desc, Pointer(out), Pointer(lse), Pointer(tiles.reshape(-1)),
-        Int(len(tiles)), Int(section), Int(num_queries), Int(HEADS), Int(DIM), Int(DIM), Int(DIM),
+        Int(len(tiles)), Int(section), Int(num_queries), Int(HEADS), Int(DIM), Int(2 * DIM), Int(3 * DIM),
         np.float32(math.log2(math.e) / math.sqrt(DIM)),
         GROUP=HEADS // KV_HEADS, H=DIM, BM=Q_TILE, BN=128, STAGES=2, CONSUMER_REGISTERS=240,
         PRODUCER_REGISTERS=24,
@@ -47,9 +54,12 @@ def simulated(
     return torch.from_numpy(out).view(num_queries, HEADS, DIM), torch.from_numpy(lse).view(HEADS, num_queries)
 
 
-def assert_agrees(plan: AttentionPlan, num_programs: int, section: int = HEADS) -> None:
+def assert_agrees(
+    plan: AttentionPlan, num_programs: int, section: int = HEADS, size_of_scores: float = 1.0
+) -> None:
     shapes = [(plan.num_queries, HEADS, DIM), *[(plan.num_keys, KV_HEADS, DIM)] * 2]
     q, k, v = (torch.randn(shape).half() for shape in shapes)
+    q *= size_of_scores
     out, lse = simulated(q, k, v, plan, num_programs, section)
     exact, exact_lse = flash_attention_ref(q.double(), k.double(), v.double(), plan)
     mean, _ = flash_attention_ref(q.double(), k.double(), v.double().abs(), plan)
@@ -68,6 +78,11 @@ def test_packed_documents_agree_whatever_the_number_of_programs(num_programs: in
 def test_heads_in_sections_agree() -> None:
     bounds = [0, 300, 430]
     assert_agrees(make_plan(bounds, bounds, causal=True, device="cpu"), 3, section=2)
+
+
+def test_large_scores_do_not_overflow() -> None:
+    # fp16 weights end at exp(11); hundreds, and they and their sums would end beyond fp32 too.
+    assert_agrees(make_plan([0, 300], [0, 300], causal=True, device="cpu"), 2, size_of_scores=200.0)
 
 
 def test_a_ranks_two_chunks_agree() -> None:

@@ -72,7 +72,13 @@ def assert_equal_in_float64(found: list[Tensor], expected: list[Tensor]) -> None
 
 @pytest.mark.parametrize("on_policy", [False, True], ids=["off_policy", "on_policy"])
 def test_every_combination_of_options_equals_autograd_on_whole_logits(on_policy: bool) -> None:
-    batch = make_batch(23, 5, 17, sequence_lengths=[3, 9, 0, 6, 5], temperature=0.8).to(torch.float64)
+    batch = make_batch(23, 5, 17, 6, sequence_lengths=[3, 9, 0, 6, 5], temperature=0.8).to(torch.float64)
+    # Both clips, dual clip and the importance cap act on some token.
+    ratio, gain = (written_out(batch, LossSpec(), 0.8)[1] - batch.old).exp(), batch.advantages * batch.weights
+    assert ((ratio > 1.28) & (gain > 0)).any()
+    assert ((ratio < 0.8) & (gain < 0)).any()
+    assert ((ratio > 1.5) & (gain < 0)).any()
+    assert (((batch.old - batch.rollout).exp() > 1.2) & (gain != 0)).any()
     for spec in OPTIONS:
         found = ours(batch, spec, on_policy, temperature=0.8, chunk_size=7)
         expected = measured(batch, spec, 0.8, on_policy)
