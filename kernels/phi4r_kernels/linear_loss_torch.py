@@ -18,6 +18,7 @@ weight, i = min(pi_old / pi_rollout, importance_cap) or 1:
     cross_entropy:   l = -w logprob
     policy:          s = min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)
                      s = max(s, dual_clip A)  where A < 0
+    or "cispo":      s = c A logprob,  c = clip(r, 1 - clip_low, 1 + clip_high) without gradient
                      l = w (-i s + kl_coef KL - entropy_coef entropy)
     ratio "token":     log r = logprob - old
     ratio "sequence":  log r = mean of (logprob - old) over the sequence's tokens that have a weight (GSPO)
@@ -44,12 +45,14 @@ LOGPROB, ENTROPY, LOSS, LOG_RATIO, MAX, LOG_SUM, COEF, ENTROPY_COEF = range(8)
 class LossSpec:
     """What is minimised, token by token (formulas above). The defaults are the cross-entropy.
 
-    clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]. dual_clip: c > 1, or 0 for
-    none. kl_reference: the policy of the KL term. kl_estimator: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d of
-    d = logprob - reference. importance_cap: 0 for no importance weights. ratio: per token or per sequence.
+    surrogate: "clip" or "cispo". clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+    dual_clip: c > 1, or 0 for none. kl_reference: the policy of the KL term. kl_estimator: k1 = d,
+    k2 = d^2 / 2, k3 = exp(-d) - 1 + d of d = logprob - reference. importance_cap: 0 for no importance
+    weights. ratio: per token or per sequence.
     """
 
     kind: Literal["cross_entropy", "policy"] = "cross_entropy"
+    surrogate: Literal["clip", "cispo"] = "clip"
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float = 0.0
@@ -63,6 +66,7 @@ class LossSpec:
     def __post_init__(self) -> None:
         allowed = {
             "kind": ("cross_entropy", "policy"),
+            "surrogate": ("clip", "cispo"),
             "kl_reference": ("old", "ref"),
             "kl_estimator": ("k1", "k2", "k3"),
             "ratio": ("token", "sequence"),
@@ -70,6 +74,8 @@ class LossSpec:
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} must be one of {', '.join(values)}, found {getattr(self, name)!r}")
+        if self.surrogate == "cispo" and (self.ratio == "sequence" or self.dual_clip):
+            raise ValueError("surrogate 'cispo' has ratios of tokens and no dual_clip")
 
 
 # --- statistics of the logits
@@ -171,10 +177,15 @@ def token_values(
         old_C = logprob_C if on_policy else terms_5C[OLD]
         token_ratio_C, inside_C = _bounded(logprob_C - old_C)
         log_ratio_C = token_ratio_C if sequence_2C is None else sequence_2C[0]
-        surrogate_C, slope_C = _surrogate(log_ratio_C, advantage_C, spec)
+        if spec.surrogate == "cispo":
+            slope_C = log_ratio_C.exp().clamp(1.0 - spec.clip_low, 1.0 + spec.clip_high) * advantage_C
+            surrogate_C, moves_C = slope_C * logprob_C, torch.ones_like(inside_C)
+        else:
+            surrogate_C, slope_C = _surrogate(log_ratio_C, advantage_C, spec)
+            moves_C = inside_C
         pull_C = -weight_C * _importance(logprob_C, terms_5C, spec, on_policy)
         loss_C = pull_C * surrogate_C
-        coef_C = pull_C * slope_C * inside_C if sequence_2C is None else sequence_2C[1]
+        coef_C = pull_C * slope_C * moves_C if sequence_2C is None else sequence_2C[1]
         if spec.kl_coef:
             held = (
                 (token_ratio_C, inside_C)

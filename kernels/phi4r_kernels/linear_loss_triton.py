@@ -137,8 +137,8 @@ def _kl(d, KL: tl.constexpr):
 def _token_loss(
     logprob, entropy, terms, terms_stride, at, inside,
     clip_low, clip_high, dual_clip, kl_coef, entropy_coef, importance_cap,
-    POLICY: tl.constexpr, ON_POLICY: tl.constexpr, DUAL: tl.constexpr, KL: tl.constexpr,
-    KL_TO_REF: tl.constexpr, CAPPED: tl.constexpr, ENTROPY_LOSS: tl.constexpr,
+    POLICY: tl.constexpr, ON_POLICY: tl.constexpr, CISPO: tl.constexpr, DUAL: tl.constexpr,
+    KL: tl.constexpr, KL_TO_REF: tl.constexpr, CAPPED: tl.constexpr, ENTROPY_LOSS: tl.constexpr,
 ):  # fmt: skip
     """(l, log ratio, dl / d logprob, dl / d entropy) of the token or tokens `at`."""
     weight = tl.load(terms + at, mask=inside, other=0.0)
@@ -156,8 +156,12 @@ def _token_loss(
         high = 1.0 + clip_high
         plain = ratio * advantage
         clipped = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio)) * advantage
-        value = tl.where(plain < clipped, plain, clipped)
-        slope = tl.where(((ratio >= low) & (ratio <= high)) | (plain < clipped), plain, 0.0)
+        if CISPO:
+            value = clipped * logprob
+            slope = clipped
+        else:
+            value = tl.where(plain < clipped, plain, clipped)
+            slope = tl.where(((ratio >= low) & (ratio <= high)) | (plain < clipped), plain, 0.0) * moving
         if DUAL:
             bound = dual_clip * advantage
             stopped = (advantage < 0) & (value < bound)
@@ -169,7 +173,7 @@ def _token_loss(
             importance = tl.exp(_bounded(old - rollout)[0])
             pull = pull * tl.where(importance > importance_cap, importance_cap, importance)
         loss = pull * value
-        coef = pull * slope * moving
+        coef = pull * slope
         if KL > 0:
             held = log_ratio
             if KL_TO_REF:
@@ -226,8 +230,9 @@ def _stats_kernel(
 def _values_kernel(
     stats, terms, values, count, num_ranks, terms_stride, scale,
     clip_low, clip_high, dual_clip, kl_coef, entropy_coef, importance_cap,
-    POLICY: tl.constexpr, ON_POLICY: tl.constexpr, DUAL: tl.constexpr, KL: tl.constexpr,
-    KL_TO_REF: tl.constexpr, CAPPED: tl.constexpr, ENTROPY_LOSS: tl.constexpr, BLOCK: tl.constexpr,
+    POLICY: tl.constexpr, ON_POLICY: tl.constexpr, CISPO: tl.constexpr, DUAL: tl.constexpr,
+    KL: tl.constexpr, KL_TO_REF: tl.constexpr, CAPPED: tl.constexpr, ENTROPY_LOSS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """stats [R, 4, C] to values [8, C], BLOCK tokens a program."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -252,7 +257,7 @@ def _values_kernel(
     loss, log_ratio, coef, by_entropy = _token_loss(
         logprob, entropy, terms, terms_stride, at, inside,
         clip_low, clip_high, dual_clip, kl_coef, entropy_coef, importance_cap,
-        POLICY, ON_POLICY, DUAL, KL, KL_TO_REF, CAPPED, ENTROPY_LOSS,
+        POLICY, ON_POLICY, CISPO, DUAL, KL, KL_TO_REF, CAPPED, ENTROPY_LOSS,
     )  # fmt: skip
     _store_values(values, count, at, inside, logprob, entropy, loss, log_ratio, m, log_sum, coef, by_entropy)
 
@@ -277,8 +282,8 @@ def _grad_kernel(
 def _loss_and_grad_kernel(
     logits, grads, targets, terms, values, count, size, stride, grad_stride, terms_stride, scale,
     clip_low, clip_high, dual_clip, kl_coef, entropy_coef, importance_cap,
-    POLICY: tl.constexpr, ON_POLICY: tl.constexpr, DUAL: tl.constexpr, KL: tl.constexpr,
-    KL_TO_REF: tl.constexpr, CAPPED: tl.constexpr, ENTROPY_LOSS: tl.constexpr,
+    POLICY: tl.constexpr, ON_POLICY: tl.constexpr, CISPO: tl.constexpr, DUAL: tl.constexpr,
+    KL: tl.constexpr, KL_TO_REF: tl.constexpr, CAPPED: tl.constexpr, ENTROPY_LOSS: tl.constexpr,
     OVERLAP: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Statistics, loss and gradient of every num_programs-th row: the whole vocabulary is on this rank."""
@@ -293,7 +298,7 @@ def _loss_and_grad_kernel(
         loss, log_ratio, coef, by_entropy = _token_loss(
             logprob, entropy, terms, terms_stride, at, True,
             clip_low, clip_high, dual_clip, kl_coef, entropy_coef, importance_cap,
-            POLICY, ON_POLICY, DUAL, KL, KL_TO_REF, CAPPED, ENTROPY_LOSS,
+            POLICY, ON_POLICY, CISPO, DUAL, KL, KL_TO_REF, CAPPED, ENTROPY_LOSS,
         )  # fmt: skip
         _store_values(
             values, count, at, True, logprob, entropy, loss, log_ratio, m, log_sum, coef, by_entropy
@@ -353,13 +358,13 @@ def _numbers(spec: LossSpec) -> list[float]:
     ]  # fmt: skip
 
 
-_FLAGS = ("POLICY", "ON_POLICY", "DUAL", "KL", "KL_TO_REF", "CAPPED", "ENTROPY_LOSS")
+_FLAGS = ("POLICY", "ON_POLICY", "CISPO", "DUAL", "KL", "KL_TO_REF", "CAPPED", "ENTROPY_LOSS")
 
 
 def _flags(spec: LossSpec, on_policy: bool) -> list[int]:
     kl = int(spec.kl_estimator[1]) if spec.kl_coef else 0
-    return [spec.kind == "policy", on_policy, spec.dual_clip != 0, kl, spec.kl_reference == "ref",
-            spec.importance_cap > 0, spec.entropy_coef != 0]  # fmt: skip
+    return [spec.kind == "policy", on_policy, spec.surrogate == "cispo", spec.dual_clip != 0, kl,
+            spec.kl_reference == "ref", spec.importance_cap > 0, spec.entropy_coef != 0]  # fmt: skip
 
 
 def _constants(flags: Sequence[int]) -> dict[str, Any]:

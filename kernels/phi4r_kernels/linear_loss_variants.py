@@ -20,6 +20,7 @@ _ALIGNED = ("size", "stride", "grad_stride")
 SPECS = {
     "cross-entropy": (LossSpec(), False),
     "on-policy": (LossSpec(kind="policy", kl_coef=1e-3, entropy_coef=1e-3), True),
+    "cispo": (LossSpec(kind="policy", surrogate="cispo", kl_coef=1e-3), False),
     "all": (
         LossSpec(
             kind="policy",

@@ -49,6 +49,9 @@ class RolloutConfig:
     """Problems drawn per step. The paper: 64."""
     group_size: int = 8
     """Samples per problem, compared with each other by the advantage. The paper: 8."""
+    max_draws: int = 1
+    """Draw prompts up to this many times a step, in place of groups whose rewards are all equal, until
+    prompts_per_step groups have something to compare (DAPO's dynamic sampling; 1: never again)."""
     max_prompt_tokens: int = 64
     """Longest prompt; longer problems are left out and counted. The paper: 1,024."""
     max_new_tokens: int = 64
@@ -78,6 +81,7 @@ class RolloutConfig:
             self,
             prompts_per_step=1,
             group_size=1,
+            max_draws=1,
             max_prompt_tokens=1,
             max_new_tokens=1,
             num_slots=1,
@@ -105,6 +109,10 @@ class RewardConfig:
     """Length, in tokens, of the n-grams whose repetition is punished."""
     repetition_threshold: int = 5
     """An n-gram counts as repeated when it occurs more often than this."""
+    overlong_weight: float = 0.0
+    """Weight of DAPO's soft punishment of responses near the length limit, right or wrong (0: off)."""
+    overlong_tokens: int = 0
+    """How far below max_tokens that punishment begins (0: a fifth of it)."""
     verifier_timeout_s: float = 5.0
     """Seconds a single answer may be checked for; then its outcome is "timeout"."""
     verifier_workers: int = 2
@@ -121,6 +129,8 @@ class RewardConfig:
             repetition_weight=0,
             repetition_ngram=1,
             repetition_threshold=1,
+            overlong_weight=0,
+            overlong_tokens=0,
             verifier_workers=1,
         )
         positive("reward", self, "verifier_timeout_s")
@@ -140,6 +150,7 @@ class RewardConfig:
             max_tokens=longest,
             positive_tokens=self.positive_tokens or max(1, round(longest * 25_600 / 31_744)),
             negative_tokens=self.negative_tokens or max(1, round(longest * 3_702 / 31_744)),
+            overlong_tokens=self.overlong_tokens or max(1, round(longest / 5)),
         )
 
 
@@ -148,6 +159,9 @@ class ObjectiveConfig:
     """The GRPO objective: a clipped surrogate with group-standardised advantages, a KL and an entropy
     term."""
 
+    surrogate: Literal["clip", "cispo"] = "clip"
+    """What clipping does: stop a token that has moved far enough (PPO, GRPO), or bound the weight of its
+    log-prob's gradient, which goes on (CISPO; its authors clip above only: clip_low = 1)."""
     clip_low: float = 0.2
     """The probability ratio is clipped below at 1 - clip_low."""
     clip_high: float = 0.2
@@ -196,12 +210,17 @@ class ObjectiveConfig:
             updates_per_rollout=1,
         )
         between("objective", self, 0, 1, "min_informative")
-        require(self.clip_low < 1, "objective.clip_low", f"must be below 1, got {self.clip_low}")
+        require(self.clip_low <= 1, "objective.clip_low", f"must be at most 1, got {self.clip_low}")
         require(
             self.dual_clip == 0 or self.dual_clip > 1,
             "objective.dual_clip",
             f"must be 0 (off) or greater than 1, got {self.dual_clip}",
         )
+        if self.surrogate == "cispo":
+            require(self.dual_clip == 0, "objective.dual_clip", "cispo has none: must be 0")
+            require(
+                self.ratio == "token", "objective.ratio", "cispo clips ratios of tokens, not of sequences"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

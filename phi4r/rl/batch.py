@@ -77,6 +77,7 @@ def loss_spec(settings: ObjectiveSettings) -> LossSpec:
     """The objective as the head takes it; normalisation is in the rows' weights."""
     return LossSpec(
         kind="policy",
+        surrogate=settings.surrogate,
         clip_low=settings.clip_low,
         clip_high=settings.clip_high,
         dual_clip=settings.dual_clip,

@@ -23,7 +23,12 @@ def explain(cfg: RLConfig) -> str:
         "pi: the policy; pi_old: the weights that sampled"
         + (" (one update per rollout: pi_old = pi, r_t = 1)" if objective.updates_per_rollout == 1 else ""),
         f"samples: {cfg.rollout.prompts_per_step} prompts x {size}, from the {cfg.rollout.engine} engine at"
-        f" temperature {cfg.rollout.temperature:g}",
+        f" temperature {cfg.rollout.temperature:g}"
+        + (
+            f", drawn up to {cfg.rollout.max_draws} times until so many groups have rewards that differ"
+            if cfg.rollout.max_draws > 1
+            else ""
+        ),
     ]
     return "\n".join([*policies, f"A_t = {advantage}", formula(objective)])
 

@@ -10,6 +10,8 @@ Here, per token, with separate clips and the dual clip c for negative advantages
 
     s_t = min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t)
     s_t = max(s_t, c A_t)                  where A_t < 0 and c > 1: bounds the loss when r_t is large
+    or (CISPO, arXiv 2506.13585) s_t = c_t A_t log pi(o_t), c_t the clipped ratio without gradient, so that
+    tokens beyond a clip still move
     l_t = -i_t s_t + beta KL_t - gamma H_t
     loss = sum_t w_t l_t / count           w_t and count from `normalization_weights`, count a whole number
 
@@ -47,6 +49,7 @@ Normalization = Literal["token", "sequence", "constant"]
 KLReference = Literal["old", "ref"]
 KLEstimator = Literal["k1", "k2", "k3"]
 RatioOf = Literal["token", "sequence"]
+SurrogateName = Literal["clip", "cispo"]
 
 # exp of anything larger says nothing more, and would give NaN gradients where a clip should give zero.
 MAX_LOG_RATIO = 20.0
@@ -54,6 +57,10 @@ MAX_LOG_RATIO = 20.0
 
 class ObjectiveSettings(Protocol):
     """The fields of `phi4r.configs.sections.ObjectiveConfig` that the loss reads."""
+
+    @property
+    def surrogate(self) -> SurrogateName:
+        """What clipping does."""
 
     @property
     def clip_low(self) -> float:
@@ -146,11 +153,21 @@ class _Surrogate:
     dual_clipped: Tensor
 
 
-def _clipped_surrogate(ratio_T: Tensor, advantages_T: Tensor, settings: ObjectiveSettings) -> _Surrogate:
+def _clipped_surrogate(
+    ratio_T: Tensor, policy_logprobs_T: Tensor, advantages_T: Tensor, settings: ObjectiveSettings
+) -> _Surrogate:
     low, high = 1.0 - settings.clip_low, 1.0 + settings.clip_high
-    value_T = torch.minimum(ratio_T * advantages_T, ratio_T.clamp(low, high) * advantages_T)
     negative_T = advantages_T < 0
     dual_clipped_T = torch.zeros_like(negative_T)
+    if settings.surrogate == "cispo":
+        clipped_T = ratio_T.detach().clamp(low, high)
+        return _Surrogate(
+            clipped_T * advantages_T * policy_logprobs_T,
+            clipped_low=ratio_T < low,
+            clipped_high=ratio_T > high,
+            dual_clipped=dual_clipped_T,
+        )
+    value_T = torch.minimum(ratio_T * advantages_T, ratio_T.clamp(low, high) * advantages_T)
     if settings.dual_clip:
         bound_T = settings.dual_clip * advantages_T
         dual_clipped_T = negative_T & (value_T < bound_T)
@@ -212,7 +229,12 @@ def token_loss(
     if settings.ratio == "sequence":
         assert sequence_log_ratio_T is not None
         ratio_T = torch.where(active_T, sequence_log_ratio_T, zeros_T).exp()
-    surrogate = _clipped_surrogate(ratio_T, torch.where(active_T, advantages_T, zeros_T), settings)
+    surrogate = _clipped_surrogate(
+        ratio_T,
+        torch.where(active_T, policy_logprobs_T, zeros_T),
+        torch.where(active_T, advantages_T, zeros_T),
+        settings,
+    )
     entropy_T = torch.where(active_T, entropy_T, zeros_T)
 
     ref_log_ratio_T = (
@@ -303,7 +325,9 @@ def formula(settings: ObjectiveSettings) -> str:
         one
         if settings.ratio == "token"
         else "r_t = exp(mean over the response of log pi(o) - log pi_old(o))",
-        f"s_t = min(r_t A_t, clip(r_t, {low:g}, {high:g}) A_t)",
+        f"s_t = min(r_t A_t, clip(r_t, {low:g}, {high:g}) A_t)"
+        if settings.surrogate == "clip"
+        else f"s_t = clip(r_t, {low:g}, {high:g}) A_t log pi(o_t),  the clipped ratio without gradient",
     ]
     if settings.dual_clip:
         lines.append(f"s_t = max(s_t, {settings.dual_clip:g} A_t) where A_t < 0")

@@ -13,6 +13,11 @@ With L the response length in tokens (the EOS counts), L_max = 31,744, L_pos = 2
             0 where no 5-gram occurs more than 5 times          in (-5, 0]
     R = 8/13 R_acc + 1/13 R_rep                                 in (-1, 8/13]
 
+`overlong_weight` adds DAPO's soft punishment of overlong responses (arXiv 2503.14476, section 3.4), right or
+wrong, with L_cache the `overlong_tokens` below the limit:
+
+    R_long = 0 for L <= L_max - L_cache,  -1 for L > L_max,  (L_max - L_cache - L) / L_cache between
+
 A right answer loses reward only near the length limit; a wrong answer loses less the longer it thought. The
 report leaves open the precedence of the two overrides, the unit of the n-grams (tokens here) and whether L
 counts the EOS. n in R_rep is the number of tokens whose n-grams are counted.
@@ -67,6 +72,14 @@ class RewardSettings(Protocol):
     def repetition_threshold(self) -> int:
         """5 in the report: an n-gram is repeated when it occurs more often than this."""
 
+    @property
+    def overlong_weight(self) -> float:
+        """0 in the report."""
+
+    @property
+    def overlong_tokens(self) -> int:
+        """L_cache."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RewardParts:
@@ -74,7 +87,8 @@ class RewardParts:
 
     `accuracy` is R_acc, `accuracy_source` the branch it came from; `rho` is rho+ or rho- (0 under an
     override). `repetition` is R_rep, from `num_ngrams` n-grams of which `num_repeated_ngrams` distinct ones
-    occur more often than the threshold and the commonest occurs `max_ngram_count` times. `total` is R.
+    occur more often than the threshold and the commonest occurs `max_ngram_count` times. `overlong` is R_long
+    (0 while its weight is 0). `total` is R.
     """
 
     total: float
@@ -85,6 +99,7 @@ class RewardParts:
     num_ngrams: int
     num_repeated_ngrams: int
     max_ngram_count: int
+    overlong: float
     correct: bool
     think_valid: bool
     finished: bool
@@ -119,6 +134,13 @@ def rho_positive(num_tokens: int, settings: RewardSettings) -> float:
 def rho_negative(num_tokens: int, settings: RewardSettings) -> float:
     """rho- in [0, 1]: how far a wrong answer's length has gone from 0 to L_neg."""
     return min(1.0, num_tokens / settings.negative_tokens)
+
+
+def overlong_reward(num_tokens: int, settings: RewardSettings) -> float:
+    """R_long in [-1, 0]."""
+    if num_tokens > settings.max_tokens:
+        return -1.0
+    return min(0.0, (settings.max_tokens - num_tokens) / settings.overlong_tokens - 1.0)
 
 
 def accuracy_reward(
@@ -182,8 +204,11 @@ def compute_reward(
     repetition, num_ngrams, num_repeated, max_count = repetition_reward(
         tokens, settings.repetition_ngram, settings.repetition_threshold
     )
+    overlong = overlong_reward(length, settings) if settings.overlong_weight else 0.0
     return RewardParts(
-        total=settings.accuracy_weight * accuracy + settings.repetition_weight * repetition,
+        total=settings.accuracy_weight * accuracy
+        + settings.repetition_weight * repetition
+        + settings.overlong_weight * overlong,
         accuracy=accuracy,
         accuracy_source=source,
         rho=rho,
@@ -191,6 +216,7 @@ def compute_reward(
         num_ngrams=num_ngrams,
         num_repeated_ngrams=num_repeated,
         max_ngram_count=max_count,
+        overlong=overlong,
         correct=correct,
         think_valid=think_valid,
         finished=finished,

@@ -19,16 +19,12 @@ import numpy as np
 from phi4r.configs.sections import RolloutConfig
 from phi4r.configs.stages import RLConfig
 from phi4r.console import say
-from phi4r.data.order import epoch_order, items_of_step
+from phi4r.data.order import epoch_order
 from phi4r.data.packing import Document, PackedRow, pack, unpack
-from phi4r.data.records import Problem
-from phi4r.data.tokenizer import Tokenizer
-from phi4r.parallel.layout import broadcast_object, distributed_session, init_layout
-from phi4r.rl.advantages import Advantages
+from phi4r.parallel.layout import distributed_session, init_layout
 from phi4r.rl.batch import grpo_loss, response_documents, with_extra
-from phi4r.rl.grade import grade, to_samples, to_trajectories
+from phi4r.rl.collect import collect
 from phi4r.rl.problems import load_run_problems
-from phi4r.rl.rollout import RolloutEngine, SampleRequest, SamplingOptions
 from phi4r.rl.rollout_log import write_rollouts
 from phi4r.rl.sampler import open_sampler
 from phi4r.rl.types import Trajectory
@@ -38,8 +34,8 @@ from phi4r.train.schedule import learning_rate
 from phi4r.train.session import open_frozen, open_tokenizer, resolve_model
 from phi4r.verify.pool import VerifierPool
 
-# Separate the uses of a run's seed: drawing prompts, sampling, dealing documents to updates.
-PROMPT_STREAM, SAMPLE_STREAM, UPDATE_STREAM = 21, 22, 23
+# Separates dealing documents to updates from the other uses of a run's seed (`rl.collect`).
+UPDATE_STREAM = 23
 
 
 def main(cfg: RLConfig, run_dir: Path) -> None:
@@ -62,58 +58,24 @@ def main(cfg: RLConfig, run_dir: Path) -> None:
         ):
             for step in loop.steps():
                 loop.begin_step()
-                drawn = items_of_step(
-                    len(problems), cfg.seed, PROMPT_STREAM, step, cfg.rollout.prompts_per_step
-                )
                 loop.clock.phase("sync")
                 synced = sampler.sync(step)
                 loop.clock.phase("rollout")
-                trajectories, groups = roll_out(
-                    cfg,
-                    sampler,
-                    verifier,
-                    tokenizer,
-                    [problems[i] for i in drawn],
-                    [prompts[i] for i in drawn],
-                    step,
-                )
+                draw = loop.state.get("num_draws", step)
+                found = collect(cfg, sampler, verifier, tokenizer, problems, prompts, draw)
+                loop.state["num_draws"] = draw + found.num_draws
                 if layout.is_main:
-                    write_rollouts(run_dir, step + 1, (t.record(step + 1, tokenizer) for t in trajectories))
-                metrics = rollout_metrics(trajectories, groups) | synced
-                informative = groups.informative_share >= cfg.objective.min_informative
+                    rows = (t.record(step + 1, tokenizer) for t in found.trajectories)
+                    write_rollouts(run_dir, step + 1, rows)
+                metrics = found.metrics() | synced
+                informative = found.groups.informative_share >= cfg.objective.min_informative
                 loop.clock.phase("train")
-                metrics |= update(cfg, policy, reference, trajectories, step, informative, loop.check_finite)
+                metrics |= update(cfg, policy, reference, found.used, step, informative, loop.check_finite)
                 check_gap(cfg.rollout, metrics, step + 1)
                 shown: dict[str, Any] = {
                     k: metrics[k] for k in ("reward", "accuracy", "response_length", "loss") if k in metrics
                 }
-                loop.finish_step(step, metrics, shown, sum(t.sample.num_tokens for t in trajectories))
-
-
-def roll_out(
-    cfg: RLConfig,
-    sampler: RolloutEngine,
-    verifier: VerifierPool,
-    tokenizer: Tokenizer,
-    problems: Sequence[Problem],
-    prompts: Sequence[tuple[int, ...]],
-    step: int,
-) -> tuple[list[Trajectory], Advantages]:
-    """`group_size` verified and rewarded samples per problem. Rank 0 verifies; every rank gets the same
-    trajectories."""
-    size = cfg.rollout.group_size
-    requests = [
-        SampleRequest(prompt, (cfg.seed, SAMPLE_STREAM, step, index, sample))
-        for index, prompt in enumerate(prompts)
-        for sample in range(size)
-    ]
-    options = SamplingOptions(cfg.rollout.max_new_tokens, cfg.rollout.temperature)
-    samples = to_samples(sampler.generate(requests, options), prompts, size, tokenizer)
-    graded = None
-    if sampler.layout.is_main:
-        graded = grade(samples, problems, cfg.reward.resolved(cfg.rollout.max_new_tokens), verifier)
-    verdicts, rewards = broadcast_object(graded)
-    return to_trajectories(samples, problems, verdicts, rewards, size, cfg.objective)
+                loop.finish_step(step, metrics, shown, sum(t.sample.num_tokens for t in found.used))
 
 
 def update(
@@ -180,29 +142,6 @@ def add_logprobs(
     rows: list[PackedRow] = pack(documents, length)
     values = engine.forward(rows, temperature=temperature)[0]
     return with_extra(documents, name, unpack(rows, list(values), documents))
-
-
-def rollout_metrics(trajectories: Sequence[Trajectory], groups: Advantages) -> dict[str, Any]:
-    """What the samples of a step say about the policy: rewards, outcomes and lengths."""
-    lengths = np.array([t.sample.num_tokens for t in trajectories])
-    correct = np.array([t.verdict.correct for t in trajectories])
-    outcomes = [t.verdict.outcome for t in trajectories]
-    metrics: dict[str, Any] = {
-        "reward": float(np.mean([t.reward.total for t in trajectories])),
-        "reward_accuracy": float(np.mean([t.reward.accuracy for t in trajectories])),
-        "reward_repetition": float(np.mean([t.reward.repetition for t in trajectories])),
-        "accuracy": float(correct.mean()),
-        "response_length": float(lengths.mean()),
-        "unfinished": float(np.mean([not t.sample.finished for t in trajectories])),
-        "think_valid": float(np.mean([t.reward.think_valid for t in trajectories])),
-        "zero_variance_share": 1.0 - groups.informative_share,
-        "verifier_timeouts": outcomes.count("timeout"),
-        "verifier_errors": outcomes.count("error"),
-    }
-    for name, chosen in (("response_length_correct", correct), ("response_length_wrong", ~correct)):
-        if chosen.any():
-            metrics[name] = float(lengths[chosen].mean())
-    return metrics
 
 
 def update_metrics(results: Sequence[StepResult]) -> dict[str, Any]:

@@ -48,6 +48,8 @@ class TrainingLoop:
             tokenizer,
             name,
         )
+        self.state: dict[str, Any] = {}
+        """What else a checkpoint remembers: plain values by name, as they were when it was written."""
         self.start_step = self._restore()
         self.nonfinite = 0
         self._logger: MetricsLogger
@@ -81,6 +83,7 @@ class TrainingLoop:
                 self._fall_back(newest, error)
                 continue
             step = int(state["step"])
+            self.state = {name: value for name, value in state.items() if name not in ("step", "seed")}
             say(f"{self.name}: resuming {self.run_dir} after step {step}")
             return step
 
@@ -199,7 +202,7 @@ class TrainingLoop:
             self._attempt(self._saver.wait, last=last and self._saved_step == step)
         if self._saved_step == step:
             return
-        state = {"step": step, "seed": self.config.seed}
+        state = {**self.state, "step": step, "seed": self.config.seed}
         self._saved_step = step
         self._attempt(lambda: self._saver.begin(step, state, self._metrics), last=last)
         if last or not self.config.checkpoint.background:

@@ -102,7 +102,9 @@ REFUSED: list[tuple[Any, str, str]] = [
     (lambda: RolloutConfig(top_p=0.0), "rollout.top_p", "greater than 0"),
     (lambda: RewardConfig(max_tokens=10, positive_tokens=10), "reward.positive_tokens", "below"),
     (lambda: ObjectiveConfig(dual_clip=0.5), "objective.dual_clip", "greater than 1"),
-    (lambda: ObjectiveConfig(clip_low=1.0), "objective.clip_low", "below 1"),
+    (lambda: ObjectiveConfig(clip_low=1.1), "objective.clip_low", "at most 1"),
+    (lambda: ObjectiveConfig(surrogate="cispo", dual_clip=3.0), "objective.dual_clip", "cispo has none"),
+    (lambda: ObjectiveConfig(surrogate="cispo", ratio="sequence"), "objective.ratio", "ratios of tokens"),
     (lambda: SFTConfig(seed=-1), "seed", "at least 0"),
     (
         lambda: SFTConfig(parallel=ParallelConfig(pp=4)),

@@ -88,7 +88,8 @@ def written_out(
         old = pi.detach() if on_policy else batch.old[of_it]
         log_ratio = pi - old if spec.ratio == "token" else (pi - old).mean().expand(len(of_it))
         r = log_ratio.exp()
-        s = torch.minimum(r * A, r.clamp(1 - spec.clip_low, 1 + spec.clip_high) * A)
+        clipped = r.clamp(1 - spec.clip_low, 1 + spec.clip_high)
+        s = torch.minimum(r * A, clipped * A) if spec.surrogate == "clip" else clipped.detach() * A * pi
         if spec.dual_clip:
             s = torch.where(A < 0, torch.maximum(s, spec.dual_clip * A), s)
         if spec.importance_cap:

@@ -413,6 +413,12 @@ BUGS += (
             "return value_C, plain_C",
         ),
         ("dual clip stops the value, not the gradient", "moves_C & ~stopped_C", "moves_C"),
+        (
+            "CISPO: the ratio is not clipped",
+            "log_ratio_C.exp().clamp(1.0 - spec.clip_low, 1.0 + spec.clip_high) * advantage_C",
+            "log_ratio_C.exp() * advantage_C",
+        ),
+        ("CISPO: a clipped token stops", "torch.ones_like(inside_C)", "inside_C * (log_ratio_C.abs() < 0.2)"),
         ("importance weights are not truncated", ".exp().clamp(max=spec.importance_cap)", ".exp()"),
         (
             "KL to the reference takes the old policy",

@@ -51,6 +51,12 @@ OPTIONS = [LossSpec(), LossSpec(entropy_coef=0.1)] + [
         [(0.0, "old", "k3"), *itertools.product((0.3,), ("old", "ref"), ("k1", "k2", "k3"))],
         (0.0, 0.1), (0.0, 1.2), ("token", "sequence"),
     )
+] + [
+    LossSpec(
+        kind="policy", surrogate="cispo", clip_low=low, clip_high=0.28, kl_coef=kl_coef, kl_reference="ref",
+        entropy_coef=0.1, importance_cap=cap,
+    )
+    for low, kl_coef, cap in itertools.product((0.2, 1.0), (0.0, 0.3), (0.0, 1.2))
 ]  # fmt: skip
 
 

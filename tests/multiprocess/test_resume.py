@@ -25,7 +25,7 @@ SFT = [
 RL = [
     "rl", "tiny", "--train.num_steps", "6", "--checkpoint.every", "2", "--problems.num_generated", "24",
     "--rollout.prompts_per_step", "4", "--rollout.group_size", "4", "--rollout.max_new_tokens", "12",
-    "--objective.min_informative", "0", "--objective.updates_per_rollout", "2",
+    "--rollout.max_draws", "2", "--objective.min_informative", "0", "--objective.updates_per_rollout", "2",
 ]  # fmt: skip
 CASES = {
     "sft": SFT,

@@ -33,3 +33,5 @@ def test_filters_and_norms_are_said_as_they_are() -> None:
     assert line("objective.group_keep=4", "objective.group_filter=efficiency") == (
         "A_t = (R_i - mean(R kept)) / std(R kept) for the 4 best by reward per token of 8, 0 for the others"
     )
+    drawn = explain(load_stage("rl", "tiny", ["rollout.max_draws=4"]).config).splitlines()[1]
+    assert drawn.endswith(", drawn up to 4 times until so many groups have rewards that differ")

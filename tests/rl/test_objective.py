@@ -42,6 +42,13 @@ OPTIONS = [
         (0.0, 0.05),
     )
 ]
+CISPO = [
+    ObjectiveConfig(
+        surrogate="cispo", clip_low=low, clip_high=0.28, normalization=normalization, kl_coef=0.3,
+        entropy_coef=0.05,
+    )
+    for low, normalization in itertools.product((0.2, 1.0), ("token", "sequence", "constant"))
+]  # fmt: skip
 
 
 def constant(value: float) -> torch.Tensor:
@@ -61,6 +68,8 @@ def direct_loss(logits_TV, targets_T, old_T, ref_T, config, on_policy):
             r = p / p_old
             clipped = min(max(r, constant(1 - config.clip_low)), constant(1 + config.clip_high))
             surrogate = min(r * advantage, clipped * advantage)
+            if config.surrogate == "cispo":
+                surrogate = clipped.item() * advantage * torch.log(p)
             if advantage < 0 and config.dual_clip > 0:
                 surrogate = max(surrogate, constant(config.dual_clip * advantage))
             q = p_old if config.kl_reference == "old" else torch.exp(ref_T[t])
@@ -113,8 +122,9 @@ def assert_equal_to_rounding(ours: torch.Tensor, direct: torch.Tensor) -> None:
     torch.testing.assert_close(ours, direct, rtol=0, atol=1000 * torch.finfo(torch.float64).eps)
 
 
-@pytest.mark.parametrize("config", OPTIONS, ids=lambda config: (
-    f"{config.normalization}-dual{config.dual_clip:g}-kl{config.kl_coef:g}{config.kl_reference}{config.kl_estimator}"
+@pytest.mark.parametrize("config", OPTIONS + CISPO, ids=lambda config: (
+    f"{config.surrogate}{config.clip_low:g}-{config.normalization}-dual{config.dual_clip:g}"
+    f"-kl{config.kl_coef:g}{config.kl_reference}{config.kl_estimator}"
     f"-ent{config.entropy_coef:g}"))  # fmt: skip
 @pytest.mark.parametrize("on_policy", [False, True])
 def test_value_and_gradient_equal_the_direct_implementation(config: ObjectiveConfig, on_policy: bool) -> None:
@@ -342,6 +352,10 @@ def test_the_formula_says_what_is_on_and_only_that() -> None:
         "i_t = min(pi_old(o_t) / pi_rollout(o_t), 2)",
         "l_t = -i_t s_t",
     ]
+    cispo = replace(PLAIN, surrogate="cispo", clip_low=1.0)
+    assert formula(cispo).splitlines()[1] == (
+        "s_t = clip(r_t, 0, 1.2) A_t log pi(o_t),  the clipped ratio without gradient"
+    )
     plain = Objective(PLAIN)
     assert plain.formula().splitlines()[2:] == ["l_t = -s_t", "loss = sum_i sum_t l_t / sum_i |o_i|"]
     assert not plain.needs_ref

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -155,3 +156,22 @@ def test_lengths_that_were_never_filled_in_are_refused() -> None:
         compute_reward(correct=True, think_valid=True, finished=True, tokens=[], settings=RewardConfig())
     with pytest.raises(ValueError, match="num_tokens"):
         reward(True, -1)
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [(1, 0.0), (16_384, 0.0), (18_432, -0.5), (20_480, -1.0), (20_481, -1.0), (90_000, -1.0)],
+)
+def test_the_overlong_punishment_is_dapos(length: int, expected: float) -> None:
+    dapo = RewardConfig(max_tokens=20_480, overlong_tokens=4_096, overlong_weight=2.0).resolved(0)
+    for correct, finished in ((True, True), (False, True), (True, False)):
+        without, parts = (
+            compute_reward(
+                correct=correct, think_valid=True, finished=finished, tokens=list(ONE_EACH),
+                settings=dataclasses.replace(dapo, overlong_weight=weight), num_tokens=length,
+            )
+            for weight in (0.0, 2.0)
+        )  # fmt: skip
+        assert (without.overlong, parts.overlong) == (0.0, expected)
+        assert parts.total == pytest.approx(without.total + 2.0 * expected, abs=1e-12)
+    assert RewardConfig(max_tokens=20_480).resolved(0).overlong_tokens == 4_096
