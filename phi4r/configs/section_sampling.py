@@ -52,6 +52,9 @@ class RolloutConfig:
     max_draws: int = 1
     """Draw prompts up to this many times a step, in place of groups whose rewards are all equal, until
     prompts_per_step groups have something to compare (DAPO's dynamic sampling; 1: never again)."""
+    staleness: int = 0
+    """Optimizer steps by which samples may lag: 0 samples with the weights that are trained, 1 samples the
+    next step's prompts while this step trains (a gain with vLLM only; needs objective.importance_cap)."""
     max_prompt_tokens: int = 64
     """Longest prompt; longer problems are left out and counted. The paper: 1,024."""
     max_new_tokens: int = 64
@@ -88,6 +91,7 @@ class RolloutConfig:
             top_k=0,
         )
         positive("rollout", self, "temperature", "top_p", "gap_threshold", "gap_alarm")
+        require(self.staleness in (0, 1), "rollout.staleness", f"must be 0 or 1, got {self.staleness}")
         require(self.top_p <= 1, "rollout.top_p", f"must be at most 1, got {self.top_p}")
 
 

@@ -174,6 +174,11 @@ class RLConfig:
             "objective.group_keep",
             f"must be 0 (all) or lie between 2 and rollout.group_size ({rollout.group_size}), got {keep}",
         )
+        require(
+            rollout.staleness == 0 or self.objective.importance_cap > 0,
+            "objective.importance_cap",
+            "must be above 0 with rollout.staleness = 1: the samples are of older weights",
+        )
         bias = "must be {} for RL (a filtered sampler is not the policy, which biases the ratio), got {}"
         require(rollout.top_p == 1.0, "rollout.top_p", bias.format("1.0", rollout.top_p))
         require(rollout.top_k == 0, "rollout.top_k", bias.format("0", rollout.top_k))

@@ -4,25 +4,33 @@ A group whose rewards are all equal has no advantages. With `rollout.max_draws` 
 sampling, arXiv 2503.14476) more prompts are drawn until `prompts_per_step` groups have some; the others are
 logged and not trained on. Draws are numbered through the run, and (run seed, draw, prompt, sample) names the
 random stream of a sample, so the number of the next draw is all that a checkpoint has to remember.
+
+With `rollout.staleness` = 1 the next draw is sampled while this one is trained on, with weights that are one
+step old by the time it is used. Its completions go to RUN/ahead as soon as they are there: a run that is
+killed goes on with them, neither losing nor repeating a prompt.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from phi4r.configs.stages import RLConfig
+from phi4r.console import say
 from phi4r.data.order import items_of_step
 from phi4r.data.records import Problem
 from phi4r.data.tokenizer import Tokenizer
 from phi4r.parallel.layout import broadcast_object
 from phi4r.rl.advantages import Advantages
+from phi4r.rl.ahead import AheadFolder
 from phi4r.rl.grade import grade, to_samples, to_trajectories
-from phi4r.rl.rollout import RolloutEngine, SampleRequest, SamplingOptions
+from phi4r.rl.rollout import Completion, Pending, RolloutEngine, SampleRequest, SamplingOptions
 from phi4r.rl.types import Trajectory
 from phi4r.verify.pool import VerifierPool
 
@@ -33,51 +41,152 @@ PROMPT_STREAM, SAMPLE_STREAM = 21, 22
 @dataclass(frozen=True)
 class StepSamples:
     """`trajectories`: all that were sampled, draw after draw, prompts numbered through them; `groups`: their
-    report, [P, G]; `used`: those to train on."""
+    report, [P, G]; `used`: those to train on; `sampling_seconds`: how long engines sampled, waited for or
+    not."""
 
     trajectories: list[Trajectory]
     groups: Advantages
     used: list[Trajectory]
     num_draws: int
+    sampling_seconds: float
 
-    def metrics(self) -> dict[str, Any]:
-        """Of everything that was sampled, and the number of groups that are trained on."""
-        used_groups = len(self.used) // self.groups.advantages.shape[1]
-        found = rollout_metrics(self.trajectories, self.groups)
-        return found | {"draws": self.num_draws, "used_groups": used_groups}
+    def metrics(self, step: int) -> dict[str, Any]:
+        """Of everything that was sampled, the number of groups that are trained on, and how many optimizer
+        steps old the oldest sample is at `step`."""
+        return rollout_metrics(self.trajectories, self.groups) | {
+            "draws": self.num_draws,
+            "used_groups": len(self.used) // self.groups.advantages.shape[1],
+            "staleness": step - min(t.sample.policy_version for t in self.trajectories),
+            "sampling_seconds": self.sampling_seconds,
+        }
 
 
-def collect(
-    cfg: RLConfig,
-    sampler: RolloutEngine,
-    verifier: VerifierPool,
-    tokenizer: Tokenizer,
-    problems: Sequence[Problem],
-    prompts: Sequence[tuple[int, ...]],
-    first_draw: int,
-) -> StepSamples:
-    """The samples of the draws from `first_draw` on, until enough groups are informative or
-    `rollout.max_draws` are done. Without a single informative group the first draw is what there is."""
-    per_draw, trajectories, reports = cfg.rollout.prompts_per_step, list[Trajectory](), list[Advantages]()
-    for number in range(cfg.rollout.max_draws):
-        draw = first_draw + number
-        drawn = items_of_step(len(problems), cfg.seed, PROMPT_STREAM, draw, per_draw)
-        found, groups = roll_out(
-            cfg, sampler, verifier, tokenizer, [problems[i] for i in drawn], [prompts[i] for i in drawn], draw
+class _Draw:
+    """A draw that is being sampled, or is in RUN/ahead from an earlier start of the run."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.began, self.seconds = number, time.monotonic(), 0.0
+        self.pending: Pending | None = None
+        self.found: list[Completion] | None = None
+
+    def wait(self) -> list[Completion]:
+        """Its completions, on every rank."""
+        if self.found is None:
+            assert self.pending is not None
+            self.found = self.pending()
+        return self.found
+
+
+class Collector:
+    """Gives the loop the samples of each step. All ranks call, with the same arguments.
+
+    next_draw: the first draw that was not trained on yet; the run remembers it.
+    """
+
+    def __init__(
+        self,
+        cfg: RLConfig,
+        sampler: RolloutEngine,
+        verifier: VerifierPool,
+        tokenizer: Tokenizer,
+        problems: Sequence[Problem],
+        prompts: Sequence[tuple[int, ...]],
+        run_dir: Path,
+        next_draw: int,
+    ) -> None:
+        self.cfg, self.sampler, self.verifier, self.tokenizer = cfg, sampler, verifier, tokenizer
+        self.problems, self.prompts, self.next_draw = problems, prompts, next_draw
+        self.ahead: _Draw | None = None
+        self.folder = AheadFolder(run_dir)
+        if cfg.rollout.staleness:
+            self._restore()
+
+    def _restore(self) -> None:
+        """Take up the draw that an earlier start of the run had sampled ahead, if it had."""
+        found = self.folder.take(self.next_draw) if self.sampler.layout.is_main else None
+        found = broadcast_object(found)
+        if found is not None:
+            say(f"rl: draw {self.next_draw} was sampled ahead of the last checkpoint and is used")
+            self.ahead = _Draw(self.next_draw)
+            self.ahead.found = found
+
+    def sample_ahead(self) -> None:
+        """Start sampling the next draw with the weights of the last sync."""
+        self.ahead = self._begin(self.next_draw, keep=True)
+        if self.sampler.layout.is_main:
+            # A run goes back to its newest checkpoint, or to the one before if that one is damaged.
+            steps = 2 * self.cfg.checkpoint.every + 2
+            self.folder.forget_before(self.next_draw - steps * self.cfg.rollout.max_draws)
+
+    def wait_ahead(self) -> None:
+        """Wait for what is being sampled ahead, so that the engine may be given new weights."""
+        if self.ahead is not None:
+            self.ahead.wait()
+
+    def _begin(self, number: int, keep: bool = False) -> _Draw:
+        cfg = self.cfg.rollout
+        requests = [
+            SampleRequest(self.prompts[item], (self.cfg.seed, SAMPLE_STREAM, number, index, sample))
+            for index, item in enumerate(self._items(number))
+            for sample in range(cfg.group_size)
+        ]
+        draw = _Draw(number)
+
+        def done(completions: list[Completion]) -> None:
+            draw.seconds = time.monotonic() - draw.began
+            if keep:
+                self.folder.put(number, completions)
+
+        options = SamplingOptions(cfg.max_new_tokens, cfg.temperature)
+        draw.pending = self.sampler.start(requests, options, done)
+        return draw
+
+    def _items(self, number: int) -> list[int]:
+        per_draw = self.cfg.rollout.prompts_per_step
+        return items_of_step(len(self.problems), self.cfg.seed, PROMPT_STREAM, number, per_draw)
+
+    def collect(self) -> StepSamples:
+        """The samples of the next draws, until enough groups are informative or `rollout.max_draws` are done.
+        Without a single informative group the first draw is what there is."""
+        rollout = self.cfg.rollout
+        per_draw, trajectories, reports = rollout.prompts_per_step, list[Trajectory](), list[Advantages]()
+        seconds = 0.0
+        while True:
+            draw = self.ahead or self._begin(self.next_draw)
+            self.ahead = None
+            found, groups = self._finish(draw)
+            trajectories += [_renumbered(t, len(reports) * per_draw) for t in found]
+            reports.append(groups)
+            seconds += draw.seconds
+            self.next_draw += 1
+            num_informative = sum(int(report.informative.sum()) for report in reports)
+            if num_informative >= per_draw or len(reports) == rollout.max_draws:
+                break
+        groups = Advantages(
+            np.concatenate([report.advantages for report in reports]),
+            np.concatenate([report.informative for report in reports]),
         )
-        trajectories += [_renumbered(trajectory, number * per_draw) for trajectory in found]
-        reports.append(groups)
-        if sum(int(report.informative.sum()) for report in reports) >= per_draw:
-            break
-    groups = Advantages(
-        np.concatenate([report.advantages for report in reports]),
-        np.concatenate([report.informative for report in reports]),
-    )
-    chosen = set(range(per_draw))
-    if cfg.rollout.max_draws > 1 and groups.informative.any():
-        chosen = set(np.flatnonzero(groups.informative)[:per_draw].tolist())
-    used = [t for t in trajectories if t.sample.prompt_index in chosen]
-    return StepSamples(trajectories, groups, used, len(reports))
+        chosen = set(range(per_draw))
+        if rollout.max_draws > 1 and groups.informative.any():
+            chosen = set(np.flatnonzero(groups.informative)[:per_draw].tolist())
+        used = [t for t in trajectories if t.sample.prompt_index in chosen]
+        return StepSamples(trajectories, groups, used, len(reports), seconds)
+
+    def _finish(self, draw: _Draw) -> tuple[list[Trajectory], Advantages]:
+        """`group_size` verified and rewarded samples per problem. Rank 0 verifies; every rank gets the same
+        trajectories."""
+        cfg, items = self.cfg, self._items(draw.number)
+        problems = [self.problems[item] for item in items]
+        prompts = [self.prompts[item] for item in items]
+        samples = to_samples(draw.wait(), prompts, cfg.rollout.group_size, self.tokenizer)
+        graded = None
+        if self.sampler.layout.is_main:
+            settings = cfg.reward.resolved(cfg.rollout.max_new_tokens)
+            graded = grade(samples, problems, settings, self.verifier)
+        verdicts, rewards = broadcast_object(graded)
+        return to_trajectories(
+            samples, problems, verdicts, rewards, cfg.rollout.group_size, cfg.objective
+        )  # fmt: skip
 
 
 def _renumbered(trajectory: Trajectory, first_prompt: int) -> Trajectory:
@@ -85,32 +194,6 @@ def _renumbered(trajectory: Trajectory, first_prompt: int) -> Trajectory:
     sample = trajectory.sample
     moved = dataclasses.replace(sample, prompt_index=first_prompt + sample.prompt_index)
     return dataclasses.replace(trajectory, sample=moved)
-
-
-def roll_out(
-    cfg: RLConfig,
-    sampler: RolloutEngine,
-    verifier: VerifierPool,
-    tokenizer: Tokenizer,
-    problems: Sequence[Problem],
-    prompts: Sequence[tuple[int, ...]],
-    draw: int,
-) -> tuple[list[Trajectory], Advantages]:
-    """`group_size` verified and rewarded samples per problem. Rank 0 verifies; every rank gets the same
-    trajectories."""
-    size = cfg.rollout.group_size
-    requests = [
-        SampleRequest(prompt, (cfg.seed, SAMPLE_STREAM, draw, index, sample))
-        for index, prompt in enumerate(prompts)
-        for sample in range(size)
-    ]
-    options = SamplingOptions(cfg.rollout.max_new_tokens, cfg.rollout.temperature)
-    samples = to_samples(sampler.generate(requests, options), prompts, size, tokenizer)
-    graded = None
-    if sampler.layout.is_main:
-        graded = grade(samples, problems, cfg.reward.resolved(cfg.rollout.max_new_tokens), verifier)
-    verdicts, rewards = broadcast_object(graded)
-    return to_trajectories(samples, problems, verdicts, rewards, size, cfg.objective)
 
 
 def rollout_metrics(trajectories: Sequence[Trajectory], groups: Advantages) -> dict[str, Any]:

@@ -106,6 +106,12 @@ def draw_tokens(logits_BV: Tensor, uniforms_B: Tensor, options: SamplingOptions)
     return tokens_B, logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
 
 
+Pending = Callable[[], list[Completion]]
+"""Waits for the completions of requests that were started; collective, the same on every rank."""
+Done = Callable[[list[Completion]], None]
+"""Called with the completions on rank 0 as soon as they are there, perhaps in another thread."""
+
+
 class RolloutEngine(Protocol):
     """What the GRPO loop needs of an engine. All ranks call, with the same arguments."""
 
@@ -117,8 +123,9 @@ class RolloutEngine(Protocol):
         """Sample from now on with the trainer's weights as they are, after `version` optimizer steps; returns
         metrics."""
 
-    def generate(self, requests: Sequence[SampleRequest], options: SamplingOptions) -> list[Completion]:
-        """Completions of `requests`, in order, on every rank."""
+    def start(self, requests: Sequence[SampleRequest], options: SamplingOptions, done: Done) -> Pending:
+        """Begin to sample the completions of `requests`, in order, with the weights of the last `sync`. They
+        must be waited for before the next `start` or `sync`."""
 
 
 class EmbeddedEngine:
@@ -135,6 +142,13 @@ class EmbeddedEngine:
         """Nothing has to move: the weights are the trainer's own."""
         self.version = version
         return {}
+
+    def start(self, requests: Sequence[SampleRequest], options: SamplingOptions, done: Done) -> Pending:
+        """Sample at once: these are the trainer's own processes, and they cannot train meanwhile."""
+        completions = self.generate(requests, options)
+        if self.layout.is_main:
+            done(completions)
+        return lambda: completions
 
     @torch.no_grad()
     def generate(

@@ -3,9 +3,11 @@
     give the sampler the weights -> draw prompts -> roll out group_size samples -> verify and reward ->
     advantages -> reference log-probs -> packed rows -> one or more optimizer steps -> log
 
-Every sample of a step comes from the weights that the step begins with. With one update per rollout the
-policy that is trained is the policy that sampled, the ratio is 1 by definition, and no pass for old log-probs
-is run; where the sampler is another program, `objective.importance_cap` weighs what its log-probs differ by.
+Every sample of a step comes from the weights that the step begins with or, with `rollout.staleness` = 1, from
+those of the step before, sampled while that one trained (`rl.collect`). With one update per rollout and no
+staleness the policy that is trained is the policy that sampled, the ratio is 1 by definition, and no pass for
+old log-probs is run; where the sampler is another program or lags, `objective.importance_cap` weighs what its
+log-probs differ by.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from phi4r.data.order import epoch_order
 from phi4r.data.packing import Document, PackedRow, pack, unpack
 from phi4r.parallel.layout import distributed_session, init_layout
 from phi4r.rl.batch import grpo_loss, response_documents, with_extra
-from phi4r.rl.collect import collect
+from phi4r.rl.collect import Collector
 from phi4r.rl.problems import load_run_problems
 from phi4r.rl.rollout_log import write_rollouts
 from phi4r.rl.sampler import open_sampler
@@ -56,18 +58,25 @@ def main(cfg: RLConfig, run_dir: Path) -> None:
             open_loop(cfg, run_dir, policy, tokenizer, "rl") as loop,
             open_sampler(cfg, policy, tokenizer.eos_ids, prompts, run_dir) as sampler,
         ):
+            collector = Collector(
+                cfg, sampler, verifier, tokenizer, problems, prompts, run_dir,
+                next_draw=loop.state.get("num_draws", loop.start_step),
+            )  # fmt: skip
             for step in loop.steps():
                 loop.begin_step()
+                loop.clock.phase("rollout")
+                collector.wait_ahead()
                 loop.clock.phase("sync")
                 synced = sampler.sync(step)
                 loop.clock.phase("rollout")
-                draw = loop.state.get("num_draws", step)
-                found = collect(cfg, sampler, verifier, tokenizer, problems, prompts, draw)
-                loop.state["num_draws"] = draw + found.num_draws
+                found = collector.collect()
+                loop.state["num_draws"] = collector.next_draw
+                if cfg.rollout.staleness and step + 1 < cfg.train.num_steps:
+                    collector.sample_ahead()
                 if layout.is_main:
                     rows = (t.record(step + 1, tokenizer) for t in found.trajectories)
                     write_rollouts(run_dir, step + 1, rows)
-                metrics = found.metrics() | synced
+                metrics = found.metrics(step) | synced
                 informative = found.groups.informative_share >= cfg.objective.min_informative
                 loop.clock.phase("train")
                 metrics |= update(cfg, policy, reference, found.used, step, informative, loop.check_finite)

@@ -20,8 +20,8 @@ from phi4r.optional import require
 
 WALL_CLOCK = (
     "step_seconds", "tokens_per_second", "tokens_per_second_per_gpu", "mfu", "data_seconds",
-    "rollout_seconds", "sync_seconds", "train_seconds", "eval_seconds", "slowest_rank", "slowest_excess",
-    "peak_memory_gib", "checkpoint_stall_seconds",
+    "rollout_seconds", "sampling_seconds", "sync_seconds", "train_seconds", "eval_seconds", "slowest_rank",
+    "slowest_excess", "peak_memory_gib", "checkpoint_stall_seconds",
 )  # fmt: skip
 """The columns of metrics.jsonl that differ from run to run; all others repeat bit for bit on CPU."""
 

@@ -31,6 +31,7 @@ CASES = {
     "sft": SFT,
     "sft-dp2": [*SFT, "--parallel.dp", "2"],
     "rl": RL,
+    "rl-ahead": [*RL, "--rollout.staleness", "1", "--objective.importance_cap", "2"],
 }
 DEADLINE_S = 240
 
@@ -82,4 +83,6 @@ def test_a_killed_run_continues_bit_for_bit(name: str, tmp_path: Path) -> None:
     whole, resumed = metrics(tmp_path / "whole"), metrics(tmp_path / "killed")
     assert [row["step"] for row in resumed] == list(range(1, len(whole) + 1))
     assert resumed == whole
+    if "--rollout.staleness" in words:
+        assert [row["staleness"] for row in whole] == [0, 1, 1, 1, 1, 1]
     assert "resuming" in (tmp_path / "killed.log").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -13,8 +14,8 @@ from phi4r.data.order import items_of_step
 from phi4r.data.records import Problem
 from phi4r.data.tokenizer import Tokenizer
 from phi4r.parallel.layout import init_layout
-from phi4r.rl.collect import PROMPT_STREAM, SAMPLE_STREAM, StepSamples, collect
-from phi4r.rl.rollout import Completion, SampleRequest, SamplingOptions
+from phi4r.rl.collect import PROMPT_STREAM, SAMPLE_STREAM, Collector, StepSamples
+from phi4r.rl.rollout import Completion, Done, Pending, SampleRequest, SamplingOptions
 from phi4r.tasks import get_task
 from phi4r.verify.pool import VerifierPool
 
@@ -34,9 +35,11 @@ class Writer:
     def sync(self, version: int) -> dict[str, float]:
         return {}
 
-    def generate(self, requests: Sequence[SampleRequest], options: SamplingOptions) -> list[Completion]:
+    def start(self, requests: Sequence[SampleRequest], options: SamplingOptions, done: Done) -> Pending:
         self.keys += [request.key for request in requests]
-        return [self.answer(request.prompt_tokens[0], request.key[-1]) for request in requests]
+        found = [self.answer(request.prompt_tokens[0], request.key[-1]) for request in requests]
+        done(found)
+        return lambda: found
 
     def answer(self, number: int, sample: int) -> Completion:
         right = int(self.problems[number].answer)
@@ -70,7 +73,12 @@ def collected(
     problems, tokenizer, pool = parts
     engine = Writer(problems, tokenizer, hard)
     prompts = [(number,) for number in range(NUM_PROBLEMS)]
-    return collect(settings(max_draws), engine, pool, tokenizer, problems, prompts, first_draw), engine
+    collector = Collector(
+        settings(max_draws), engine, pool, tokenizer, problems, prompts, Path("unused"), first_draw
+    )
+    found = collector.collect()
+    assert collector.next_draw == first_draw + found.num_draws
+    return found, engine
 
 
 def numbers(found: StepSamples) -> list[int]:
@@ -90,7 +98,7 @@ def test_prompts_are_drawn_until_enough_groups_differ(parts: Parts) -> None:
         (SEED, SAMPLE_STREAM, draw, prompt, sample)
         for draw in (4, 5, 6) for prompt in range(PROMPTS) for sample in range(GROUP)
     ]  # fmt: skip
-    metrics = found.metrics()
+    metrics = found.metrics(0)
     assert (metrics["draws"], metrics["used_groups"]) == (3, PROMPTS)
     assert metrics["zero_variance_share"] == pytest.approx(1 - 5 / 9)
 

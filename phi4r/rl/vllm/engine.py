@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from phi4r.data.packing import Document, pack, unpack
 from phi4r.errors import UserError
 from phi4r.parallel.attempt import beat
 from phi4r.parallel.layout import broadcast_object
-from phi4r.rl.rollout import Completion, SampleRequest, SamplingOptions
+from phi4r.rl.rollout import Completion, Done, Pending, SampleRequest, SamplingOptions
 from phi4r.rl.vllm.fleet import Fleet, Member, Weights, weights_folder
 from phi4r.rl.vllm.server import ServerProcess
 from phi4r.rl.vllm.weights import Comparison, compare
@@ -34,6 +34,7 @@ Result = TypeVar("Result")
 
 TOUCH_S = 10.0
 """Seconds between signs of life while rank 0 waits for servers."""
+CANCEL_S = 10.0
 KEPT_VERSIONS = 2
 PROBE_TOKENS = 8
 PROBE_STREAM = 24
@@ -67,6 +68,9 @@ class VLLMEngine:
         self.fleet = Fleet(config, self._members(run_dir), self.stop_ids)
         self.version: int | None = None
         self.comparison = Comparison(0, 0, [])
+        self._pool = ThreadPoolExecutor(1, "phi4r-vllm")
+        self._future: Future[Any] | None = None
+        self._cancel: Callable[[], object] = lambda: None
 
     def _members(self, run_dir: Path) -> list[Member]:
         if not self.layout.is_main:
@@ -85,7 +89,11 @@ class VLLMEngine:
         ]
 
     def close(self) -> None:
-        """End the servers that were started. Safe to call again."""
+        """Give up what is being sampled and end the servers that were started. Safe to call again."""
+        if self._future is not None and not self._future.done():
+            self._cancel()
+            wait([self._future], timeout=CANCEL_S)
+        self._pool.shutdown(wait=False)
         self.fleet.close()
 
     # --- weights
@@ -100,7 +108,7 @@ class VLLMEngine:
             self.engine.chunks, self.engine.model_config, self.layout, folder, tuple(self.stop_ids), None
         )
         weights = Weights(version, folder, lambda found: self._verify(folder, found))
-        held = self._on_main(lambda: self.fleet.load(weights))
+        held = self._wait(self._begin(lambda: self.fleet.load(weights)))
         self.version = version
         metrics = self._probe(held, version)
         if self.layout.is_main:
@@ -136,7 +144,7 @@ class VLLMEngine:
                 for member in held or []
             ]
 
-        asked = self._broadcast(self._on_main(ask))
+        asked = broadcast_object(self._wait(self._begin(ask)))
         gaps = {name: self._gaps(requests, completions) for name, completions in asked}
         tolerance = self.config.probe_tolerance or (0.05 if self.model.dtype == "bf16" else 1e-3)
         for name, gap in gaps.items():
@@ -181,33 +189,54 @@ class VLLMEngine:
 
     # --- requests
 
-    def generate(self, requests: Sequence[SampleRequest], options: SamplingOptions) -> list[Completion]:
-        """Completions of `requests`, in order, on every rank. Raises UserError for a filter: a server's
-        log-probs are then those of the filtered distribution, which is not the policy."""
+    def start(self, requests: Sequence[SampleRequest], options: SamplingOptions, done: Done) -> Pending:
+        """See `RolloutEngine`; the servers sample while the trainer does other things. Raises UserError for a
+        filter: a server's log-probs are then those of the filtered distribution, which is not the policy."""
         assert self.version is not None, "sync comes before the first rollout"
         if options.top_p != 1.0 or options.top_k != 0:
             raise UserError(
                 "rollout.top_p and rollout.top_k must be off with vLLM: log-probs would be the filter's, not"
                 f" the policy's (got top_p {options.top_p:g}, top_k {options.top_k})"
             )
-        return self._broadcast(self._on_main(lambda: self.fleet.generate(requests, options)))
+
+        async def sample() -> list[Completion]:
+            completions = await self.fleet.generate(requests, options)
+            await asyncio.to_thread(done, completions)
+            return completions
+
+        future = self._begin(sample)
+        return lambda: broadcast_object(self._wait(future))
+
+    def generate(self, requests: Sequence[SampleRequest], options: SamplingOptions) -> list[Completion]:
+        """Completions of `requests`, in order, on every rank."""
+        return self.start(requests, options, lambda completions: None)()
 
     # --- rank 0 and the others
 
-    def _on_main(self, make: Callable[[], Coroutine[Any, Any, Result]]) -> Result | None:
-        """Run `make()` on rank 0 and return its result there, None on the others, which wait in touch."""
+    def _begin(self, make: Callable[[], Coroutine[Any, Any, Result]]) -> Future[Result] | None:
+        """Run `make()` in rank 0's thread; one after another. None on the other ranks."""
         if not self.layout.is_main:
+            return None
+
+        async def cancellable() -> Result:
+            loop, task = asyncio.get_running_loop(), asyncio.current_task()
+            assert task is not None
+            self._cancel = lambda: loop.call_soon_threadsafe(task.cancel)
+            return await make()
+
+        future = self._pool.submit(lambda: asyncio.run(cancellable()))
+        self._future = future
+        return future
+
+    def _wait(self, future: Future[Result] | None) -> Result | None:
+        """The result on rank 0, None on the others, which wait in touch."""
+        if future is None:
             while not broadcast_object(None):
                 beat()
             return None
-        with ThreadPoolExecutor(1, "phi4r-vllm") as pool:
-            future = pool.submit(lambda: asyncio.run(make()))
-            while not wait([future], timeout=TOUCH_S).done:
-                beat()
-                broadcast_object(False)
-            result = future.result()
+        while not wait([future], timeout=TOUCH_S).done:
+            beat()
+            broadcast_object(False)
+        result = future.result()
         broadcast_object(True)
         return result
-
-    def _broadcast(self, value: Result | None) -> Result:
-        return broadcast_object(value)

@@ -1,0 +1,79 @@
+"""GRPO killed with SIGKILL at 20 random moments: every prompt is sampled and trained on exactly once."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from phi4r.data.order import items_of_step
+from phi4r.rl.collect import PROMPT_STREAM
+from tests.multiprocess.test_resume import DEADLINE_S, finish, metrics, start
+
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+
+NUM_KILLS, STEPS, PROBLEMS, PROMPTS, GROUP = 20, 60, 50, 4, 2
+WORDS = [
+    "rl", "tiny", "--train.num_steps", str(STEPS), "--checkpoint.every", "3", "--problems.num_generated",
+    str(PROBLEMS), "--rollout.prompts_per_step", str(PROMPTS), "--rollout.group_size", str(GROUP),
+    "--rollout.max_new_tokens", "8", "--objective.min_informative", "0",
+    "--model.hidden_size", "32", "--model.num_layers", "2", "--model.ffn_hidden_size", "64",
+    "--model.head_dim", "8",
+]  # fmt: skip
+MODES = {
+    "synchronous": [],
+    "one step ahead": ["--rollout.staleness", "1", "--objective.importance_cap", "2"],
+}
+
+
+def kill_at_random(words: list[str], run_dir: Path, chance: random.Random) -> int:
+    """Start, and SIGKILL the whole process group: while it starts, or at most two seconds into its steps.
+    Returns the steps that were logged."""
+    process = start(words, run_dir)
+    before, until = len(metrics(run_dir)), time.monotonic() + DEADLINE_S
+    if chance.random() < 0.25:
+        time.sleep(chance.uniform(0, 5))
+    else:
+        log = run_dir / "rollouts"
+        newest = max((path.stat().st_mtime_ns for path in log.glob("*")), default=0)
+        while max((path.stat().st_mtime_ns for path in log.glob("*")), default=0) == newest:
+            assert process.poll() is None or len(metrics(run_dir)) == STEPS, "the run ended by itself"
+            assert time.monotonic() < until, "no rollouts came"
+            if process.poll() is not None:
+                break
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0, 2))
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(30)
+    return len(metrics(run_dir)) - before
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.proves(
+    "GRPO killed at random loses and repeats no prompt",
+    how="20 times kill -9; prompts, samples and metrics of an uninterrupted run, equal",
+    layouts="one rank",
+)
+def test_every_prompt_is_trained_on_exactly_once(mode: str, tmp_path: Path) -> None:
+    words, chance = [*WORDS, *MODES[mode]], random.Random(mode)
+    finish(words, tmp_path / "whole")
+    progress = [kill_at_random(words, tmp_path / "killed", chance) for _ in range(NUM_KILLS)]
+    assert any(steps > 0 for steps in progress)
+    finish(words, tmp_path / "killed")
+    for step in range(STEPS):
+        name = f"rollouts/step_{step + 1:06d}.jsonl"
+        text = (tmp_path / "killed" / name).read_text()
+        found = [
+            (int(row["problem_id"].rsplit("-", 1)[1]), row["sample_index"])
+            for row in map(json.loads, text.splitlines())
+        ]
+        drawn = items_of_step(PROBLEMS, 0, PROMPT_STREAM, step, PROMPTS)
+        assert found == [(item, sample) for item in drawn for sample in range(GROUP)]
+        assert text == (tmp_path / "whole" / name).read_text()
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
