@@ -3,7 +3,7 @@
     @pytest.mark.proves("a claim", how="what it is compared with", layouts="where, if its cases do not say")
 
 is a row; layouts are those of its cases (a parameter `layout` or `run`, or `case` with an attribute
-`layout`) where the marker gives none. `pytest --collect-only -q --proved docs/proved.md` writes the file, and
+`layout`) where the marker gives none. `pytest --collect-only -q --proved=docs/proved.md` writes the file, and
 `test_proved.py` holds that it is current.
 """
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 HEADER = """\
 # What is proved, how, and on which layouts
 
-Made by `pytest --collect-only -q --proved docs/proved.md` from the tests marked `proves`; do not edit.
+Made by `pytest --collect-only -q --proved=docs/proved.md` from the tests marked `proves`; do not edit.
 All of it runs on two CPU cores over gloo. `slow`: by `make test-slow`, the rest by `make test`.
 
 | claim | how | layouts | cases | test |

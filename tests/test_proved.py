@@ -28,5 +28,5 @@ def test_the_table_of_what_is_proved_is_current(tmp_path: Path) -> None:
     found = (tmp_path / "proved.md").read_text(encoding="utf-8")
     assert found.count("\n| ") > 20
     assert found == (ROOT / "docs" / "proved.md").read_text(encoding="utf-8"), (
-        "run: pytest --collect-only -q --proved docs/proved.md"
+        "run: pytest --collect-only -q --proved=docs/proved.md"
     )
