@@ -73,6 +73,7 @@ def test_every_token_appears_once_and_every_row_is_consistent(case: tuple[int, l
 
 @settings(max_examples=100, deadline=None)
 @given(cases)
+@pytest.mark.proves("Labels and per-token values belong to the next token", how="random documents")
 def test_labels_and_extras_of_unmasked_positions_belong_to_the_next_token(
     case: tuple[int, list[int], int],
 ) -> None:

@@ -110,6 +110,10 @@ CASES = [
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["fused", "deterministic"])
 @pytest.mark.parametrize(("dtype", "causal", "heads", "dim"), CASES)
+@pytest.mark.proves(
+    "Packed FlashAttention, forward and backward, stays within derived budgets",
+    how="float64, in Triton's interpreter; memory poisoned with NaN",
+)
 def test_ragged_documents_come_out_within_the_budget(
     dtype: torch.dtype, causal: bool, heads: tuple[int, int], dim: int, deterministic: bool
 ) -> None:
@@ -127,6 +131,7 @@ def test_ragged_documents_come_out_within_the_budget(
     scale=st.floats(0.01, 1.0),
     deterministic=st.booleans(),
 )
+@pytest.mark.proves("The same for shapes drawn at random", how="float64, in Triton's interpreter")
 def test_random_shapes_come_out_within_the_budget(
     lengths: list[int], heads: tuple[int, int], causal: bool, scale: float, deterministic: bool
 ) -> None:
@@ -152,6 +157,11 @@ def test_the_blocks_of_every_architecture_come_out_within_the_budget(arch: int, 
 
 
 @pytest.mark.parametrize("cp", [2, 4])
+@pytest.mark.proves(
+    "Attention on the parts of context parallelism adds up to the whole",
+    how="float64 of the whole row, derived budgets",
+    layouts="cp 2, cp 4",
+)
 def test_the_ranks_of_context_parallelism_add_up_to_one_process(cp: int) -> None:
     # Documents that lie in one chunk, span several, begin or end on a cut, and are missing on some ranks.
     lengths = [64, 1, 200, 119, 128]
@@ -170,6 +180,9 @@ def test_the_ranks_of_context_parallelism_add_up_to_one_process(cp: int) -> None
     assert_within_budget({**total, "lse": lse}, inputs, plan_of(lengths))
 
 
+@pytest.mark.proves(
+    "Attention of a document does not depend on its row", how="the same document in two rows, to the last bit"
+)
 def test_a_document_does_not_depend_on_its_row() -> None:
     lengths = [70, 150, 5]
     inputs = random_inputs(sum(lengths), (2, 1), 64, torch.bfloat16)

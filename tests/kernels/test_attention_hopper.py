@@ -70,6 +70,10 @@ def assert_agrees(
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("num_programs", [1, 3, 5])
+@pytest.mark.proves(
+    "The Gluon forward for Hopper agrees with the reference",
+    how="its own Python code in a simulator with late copies over poisoned memory",
+)
 def test_packed_documents_agree_whatever_the_number_of_programs(num_programs: int, causal: bool) -> None:
     bounds = np.cumsum([0, 1, 2, 127, 128, 129, 700])
     assert_agrees(make_plan(bounds, bounds, causal=causal, device="cpu"), num_programs)

@@ -77,6 +77,10 @@ def assert_equal_in_float64(found: list[Tensor], expected: list[Tensor]) -> None
 
 
 @pytest.mark.parametrize("on_policy", [False, True], ids=["off_policy", "on_policy"])
+@pytest.mark.proves(
+    "The one-pass head's loss and gradients, with every option of the objective",
+    how="autograd on whole logits, float64",
+)
 def test_every_combination_of_options_equals_autograd_on_whole_logits(on_policy: bool) -> None:
     batch = make_batch(23, 5, 17, 6, sequence_lengths=[3, 9, 0, 6, 5], temperature=0.8).to(torch.float64)
     # Both clips, dual clip and the importance cap act on some token.
@@ -243,6 +247,9 @@ def values_of(spec: LossSpec, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("on_policy", [False, True], ids=["off_policy", "on_policy"])
+@pytest.mark.proves(
+    "The head's Triton kernels equal its torch code, with every option", how="in Triton's interpreter"
+)
 def test_the_kernels_loss_of_a_token_is_the_references_for_every_combination(on_policy: bool) -> None:
     from phi4r_kernels import linear_loss_triton as kernels
 
@@ -410,6 +417,7 @@ def test_gemms_are_three_for_a_step_one_without_gradients_and_four_for_sequences
 
 
 @pytest.mark.parametrize("elementwise", ["torch", "triton"])
+@pytest.mark.proves("The head never holds logits of all tokens", how="largest allocation of torch, profiled")
 def test_no_full_logits_are_ever_held(elementwise: str) -> None:
     num_tokens, vocab, chunk = 256, 4096, 64
     batch = make_batch(num_tokens, 8, vocab, dtype=torch.float32).to(torch.float32)

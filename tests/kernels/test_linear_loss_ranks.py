@@ -14,6 +14,11 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.multiprocess
 
 
+@pytest.mark.proves(
+    "The head over ranks that share vocabulary or sequences equals one process",
+    how="loss and gradients of real ranks",
+    layouts="vocabulary over 2, sequences over 2",
+)
 def test_ranks_that_share_vocabulary_or_sequences_compute_what_one_process_computes(tmp_path: Path) -> None:
     found = run_ranks("tests.kernels.linear_loss_ranks:run", {}, 2, tmp_path, timeout_s=300, threads=1)
     assert len(found) == 2 * len(linear_loss_ranks.SPECS) - 1 + 2 * len(linear_loss_ranks.SPECS)

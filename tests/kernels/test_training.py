@@ -68,6 +68,10 @@ def train(head: Any, attention: Any, loss: TokenLoss) -> list[StepResult]:
     [sft_loss, grpo_loss(OBJECTIVE, on_policy=False), grpo_loss(OBJECTIVE, on_policy=True)],
     ids=["sft", "grpo", "grpo on-policy"],
 )
+@pytest.mark.proves(
+    "Training with the Triton kernels equals training without",
+    how="optimizer steps of SFT and GRPO, interpreted",
+)
 def test_training_with_the_kernels_is_training_without(loss: TokenLoss) -> None:
     kernels, plain = train("triton", "triton", loss), train("torch", "reference", loss)
     # Each step's sums round differently by some ulps of fp32, and a step of 1e-3 passes that on undamped.

@@ -52,6 +52,7 @@ def count_by_definition(tokens: list[int], ngram: int, threshold: int) -> tuple[
 
 @settings(max_examples=200, deadline=None)
 @given(packings)
+@pytest.mark.proves("The Python twin is first-fit decreasing", how="its definition, random lengths")
 def test_the_python_packing_is_first_fit_decreasing(case: tuple[list[int], int]) -> None:
     lengths, capacity = case
     bins = native.pack_ffd_python(np.array(lengths, dtype=np.int64), capacity)
@@ -62,6 +63,7 @@ def test_the_python_packing_is_first_fit_decreasing(case: tuple[list[int], int])
 @needs_native
 @settings(max_examples=500, deadline=None)
 @given(packings)
+@pytest.mark.proves("Packing in C++ equals its Python twin", how="random lengths, to the last bit")
 def test_packing_agrees_in_cpp_and_python(case: tuple[list[int], int]) -> None:
     lengths, capacity = np.array(case[0], dtype=np.int64), case[1]
     bins = _native.pack_ffd(lengths, capacity)
@@ -88,6 +90,10 @@ def test_the_python_statistics_count_ngrams(tokens: list[int], ngram: int, thres
 @needs_native
 @settings(max_examples=500, deadline=None)
 @given(sequences, st.integers(1, 6), st.integers(-1, 6), st.sampled_from([0, 1, 3, 64]))
+@pytest.mark.proves(
+    "Counts of repeated n-grams in C++ equal their Python twin",
+    how="random tokens, hashes cut to 0 to 64 bits",
+)
 def test_ngram_statistics_agree_in_cpp_and_python_even_when_hashes_collide(
     tokens: list[int], ngram: int, threshold: int, hash_bits: int
 ) -> None:

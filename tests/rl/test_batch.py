@@ -232,6 +232,9 @@ def step(
         ("token", "token", 1.5),
     ],
 )
+@pytest.mark.proves(
+    "GRPO on packed rows equals GRPO on one sequence at a time", how="loss and every gradient, autograd"
+)
 def test_loss_and_every_gradient_equal_autograd_on_unpacked_sequences(
     normalization: Normalization, ratio: Any, importance_cap: float, on_policy: bool
 ) -> None:

@@ -127,6 +127,9 @@ def assert_equal_to_rounding(ours: torch.Tensor, direct: torch.Tensor) -> None:
     f"-kl{config.kl_coef:g}{config.kl_reference}{config.kl_estimator}"
     f"-ent{config.entropy_coef:g}"))  # fmt: skip
 @pytest.mark.parametrize("on_policy", [False, True])
+@pytest.mark.proves(
+    "The objective's value and gradient, with every option", how="a direct implementation, float64"
+)
 def test_value_and_gradient_equal_the_direct_implementation(config: ObjectiveConfig, on_policy: bool) -> None:
     logits_TV, targets_T, old_T, ref_T = batch()
     ours, _ = our_loss(logits_TV, targets_T, None if on_policy else old_T, ref_T, config)
@@ -143,6 +146,7 @@ def test_the_batch_reaches_every_branch() -> None:
 
 
 @pytest.mark.parametrize("config", [replace(OPTIONS[-1], kl_reference="old"), OPTIONS[-1], OPTIONS[3]])
+@pytest.mark.proves("The objective's gradient is its derivative", how="finite differences, float64")
 def test_gradients_agree_with_finite_differences(config: ObjectiveConfig) -> None:
     logits_TV, *rest = batch(seed=1)
     assert torch.autograd.gradcheck(lambda logits: our_loss(logits, *rest, config)[0], (logits_TV,))

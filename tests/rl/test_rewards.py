@@ -44,6 +44,9 @@ def test_the_papers_lengths_come_out_of_its_limit() -> None:
 
 
 @pytest.mark.parametrize(("length", "correct", "incorrect"), VECTORS)
+@pytest.mark.proves(
+    "The reward gives the report's values", how="right and wrong answers of every length in its tables"
+)
 def test_the_reports_vectors(length: int, correct: float, incorrect: float) -> None:
     assert round(reward(True, length).total, 5) == correct
     assert round(reward(False, length).total, 5) == incorrect
@@ -51,6 +54,9 @@ def test_the_reports_vectors(length: int, correct: float, incorrect: float) -> N
 
 @pytest.mark.parametrize("length", [0, 1, 3702, 25_600, 31_744, 40_000])
 @pytest.mark.parametrize("correct", [True, False])
+@pytest.mark.proves(
+    "Unfinished and malformed answers get the report's fixed rewards", how="its rules, at six lengths"
+)
 def test_overrides_ignore_length_and_correctness_and_the_think_block_comes_first(
     length: int, correct: bool
 ) -> None:

@@ -68,6 +68,10 @@ def tokens_of(completions: list[Completion]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("num_slots", [1, 3, 7, 500])
+@pytest.mark.proves(
+    "A sample does not depend on how many are drawn at once",
+    how="token by token, other numbers of cache slots",
+)
 def test_samples_do_not_depend_on_the_number_of_slots(engine: Engine, num_slots: int) -> None:
     reference = tokens_of(sample(engine, requests(), 24))
     assert len({len(tokens) for tokens in reference}) > 4, "sequences should end at different times"
@@ -116,6 +120,9 @@ def test_uniforms_depend_on_the_key_only() -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.proves(
+    "Log-probs of rollouts are the trainer's", how="the trainer's forward pass over what was sampled"
+)
 def test_rollout_logprobs_are_those_of_the_trainers_forward(engine: Engine, temperature: float) -> None:
     made = requests()
     completions = sample(engine, made, 5, temperature=temperature)

@@ -60,6 +60,7 @@ def test_extraction(response: str, answer: str | None, source: str) -> None:
 
 
 @given(st.text(alphabet=r"\boxed{}<>/think7 $", max_size=80))
+@pytest.mark.proves("Nothing inside the think block is taken for the answer", how="random text")
 def test_nothing_inside_the_last_think_block_is_ever_the_answer(text: str) -> None:
     inside = text.replace("<think>", "").replace("</think>", "")
     assert extract_answer(f"<think>{inside}</think>").answer is None

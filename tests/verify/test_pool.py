@@ -65,6 +65,7 @@ def test_algebra_is_settled_by_workers_in_the_order_of_the_jobs(pool: VerifierPo
     assert all(0 < verdict.seconds < 60 for verdict in verdicts)
 
 
+@pytest.mark.proves("A verifier whose workers hang goes on", how="four hanging answers, two workers")
 def test_four_hanging_answers_do_not_wedge_two_workers(pool: VerifierPool) -> None:
     killed = pool.num_killed
     good = [job("x+1", "1+x"), job("x+1", "x+2")]
@@ -78,6 +79,7 @@ def test_four_hanging_answers_do_not_wedge_two_workers(pool: VerifierPool) -> No
     assert [verdict.outcome for verdict in pool.map(good)] == ["correct", "wrong"]
 
 
+@pytest.mark.proves("A verifier whose worker is killed goes on", how="SIGKILL")
 def test_a_killed_worker_is_replaced_and_the_next_answers_are_right(pool: VerifierPool) -> None:
     before = pool.worker_pids()
     for pid in before:
@@ -155,6 +157,10 @@ ADVERSARIAL = [
 ]
 
 
+@pytest.mark.proves(
+    "Answers that hang, explode or inject code never count as right",
+    how="a list of them, a deadline over all",
+)
 def test_hostile_answers_are_never_right_and_never_hang(pool: VerifierPool) -> None:
     started = time.monotonic()
     verdicts = pool.map([job("7", answer) for answer in ADVERSARIAL])

@@ -68,6 +68,7 @@ def test_wrong_answers(gold: str, answer: str, method: str) -> None:
 
 
 @given(st.fractions(max_denominator=10**30))
+@pytest.mark.proves("Rational answers are compared exactly", how="random fractions in every notation")
 def test_every_rational_is_read_exactly_in_every_notation(value: Fraction) -> None:
     sign = "-" if value < 0 else ""
     for text in (
