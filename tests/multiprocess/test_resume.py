@@ -3,6 +3,7 @@ bit for bit."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -13,7 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from phi4r.data import build
+from phi4r.data.shards import ShardRows
 from phi4r.train.log import WALL_CLOCK
+from tests.data import corpus
 
 pytestmark = pytest.mark.multiprocess
 
@@ -86,3 +90,42 @@ def test_a_killed_run_continues_bit_for_bit(name: str, tmp_path: Path) -> None:
     if "--rollout.staleness" in words:
         assert [row["staleness"] for row in whole] == [0, 1, 1, 1, 1, 1]
     assert "resuming" in (tmp_path / "killed.log").read_text()
+
+
+GOLOMB = (0, 1, 4, 9, 15, 22, 32, 34)
+"""A Golomb ruler: no two pairs of marks are equally far apart, so that no two pairs have the same sum."""
+
+
+@pytest.mark.proves(
+    "Every row of packed shards is trained on once an epoch, over kills and changes of dp",
+    how="rows told by the number of targets that the ranks counted; kill -9 twice",
+    layouts="dp 2 -> dp 1 -> dp 2",
+)
+def test_every_row_comes_once_an_epoch_over_kills_and_changes_of_the_number_of_ranks(tmp_path: Path) -> None:
+    """Eight rows of one document each, of lengths whose sum over a step says which two rows it was."""
+    content = [
+        {"id": f"p{i}", "problem": f"{i}+1?", "answer": "3", "trace": "1" * (60 + mark)}
+        for i, mark in enumerate(GOLOMB)
+    ]
+    path, shards = corpus.write_jsonl(tmp_path / "in.jsonl", content), tmp_path / "shards"
+    build.main(corpus.config(path, "data.heldout=0"), shards, build.Options())
+    targets = [int(row.loss_mask.sum()) for row in ShardRows(shards)]
+    pairs = {targets[i] + targets[j]: (i, j) for i, j in itertools.combinations(range(8), 2)}
+    assert len(pairs) == 28
+    assert not {2 * count for count in targets} & pairs.keys(), "nor is it one row twice"
+
+    words = [
+        "sft", "tiny", "--data.path", str(shards), "--data.seq_length", "128", "--data.heldout", "0",
+        "--train.global_batch_size", "2", "--train.num_steps", "12", "--checkpoint.every", "2",
+        "--checkpoint.keep_last", "1", "--model.num_layers", "1", "--model.hidden_size", "32",
+    ]  # fmt: skip
+    two = [*words, "--parallel.dp", "2"]
+    kill_after(two, tmp_path / "run", 3)
+    kill_after(words, tmp_path / "run", 7)
+    finish(two, tmp_path / "run")
+    assert (tmp_path / "run.log").read_text().count("resuming") == 2
+    trained = [pairs[int(str(row["num_valid_tokens"]))] for row in metrics(tmp_path / "run")]
+    epochs = [trained[first : first + 4] for first in (0, 4, 8)]
+    assert len(trained) == 12
+    assert all(sorted(itertools.chain(*epoch)) == list(range(8)) for epoch in epochs), trained
+    assert epochs[0] != epochs[1], "each epoch has an order of its own"
