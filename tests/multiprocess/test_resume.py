@@ -97,11 +97,11 @@ GOLOMB = (0, 1, 4, 9, 15, 22, 32, 34)
 
 
 @pytest.mark.proves(
-    "Every row of packed shards is trained on once an epoch, over kills and changes of dp",
-    how="rows told by the number of targets that the ranks counted; kill -9 twice",
-    layouts="dp 2 -> dp 1 -> dp 2",
+    "Every row of packed shards is trained on once an epoch, over a kill and a change of dp",
+    how="rows told by the number of targets that the ranks counted; kill -9",
+    layouts="dp 2 -> dp 1",
 )
-def test_every_row_comes_once_an_epoch_over_kills_and_changes_of_the_number_of_ranks(tmp_path: Path) -> None:
+def test_every_row_comes_once_an_epoch_over_a_kill_and_another_number_of_ranks(tmp_path: Path) -> None:
     """Eight rows of one document each, of lengths whose sum over a step says which two rows it was."""
     content = [
         {"id": f"p{i}", "problem": f"{i}+1?", "answer": "3", "trace": "1" * (60 + mark)}
@@ -119,11 +119,9 @@ def test_every_row_comes_once_an_epoch_over_kills_and_changes_of_the_number_of_r
         "--train.global_batch_size", "2", "--train.num_steps", "12", "--checkpoint.every", "2",
         "--checkpoint.keep_last", "1", "--model.num_layers", "1", "--model.hidden_size", "32",
     ]  # fmt: skip
-    two = [*words, "--parallel.dp", "2"]
-    kill_after(two, tmp_path / "run", 3)
-    kill_after(words, tmp_path / "run", 7)
-    finish(two, tmp_path / "run")
-    assert (tmp_path / "run.log").read_text().count("resuming") == 2
+    kill_after([*words, "--parallel.dp", "2"], tmp_path / "run", 3)
+    finish(words, tmp_path / "run")
+    assert "resuming" in (tmp_path / "run.log").read_text()
     trained = [pairs[int(str(row["num_valid_tokens"]))] for row in metrics(tmp_path / "run")]
     epochs = [trained[first : first + 4] for first in (0, 4, 8)]
     assert len(trained) == 12
