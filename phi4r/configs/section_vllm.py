@@ -11,13 +11,17 @@ from phi4r.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class VLLMConfig:
-    """vLLM servers that sample for the trainer: started by it, or found at given addresses."""
+    """vLLM servers that sample for the trainer: started by it, found at given addresses, or in a registry."""
 
     num_servers: int = 1
-    """Servers to start on the machine of rank 0 (while `addresses` is empty)."""
+    """Servers to start on the machine of rank 0 (while `addresses` is empty), or to wait for in
+    `registry`."""
     addresses: str = ""
     """Servers that run already, comma between, as in "http://node7:8000" ("": start `num_servers`). They need
     VLLM_SERVER_DEV_MODE=1, --tokens-only, --logprobs-mode processed_logprobs, and `weights_dir`."""
+    registry: str = ""
+    """Shared folder in which `num_servers` servers started by `phi4r serve` announce themselves ("": none).
+    launch/rl_vllm.sbatch sets it."""
     python: str = ""
     """Interpreter of the environment that has vLLM ("": $PHI4R_VLLM_PYTHON, else .venv-vllm/bin/python)."""
     devices: str = ""
@@ -49,6 +53,11 @@ class VLLMConfig:
                 "vllm.addresses",
                 f"expected http://HOST:PORT, got {address!r}",
             )
+        require(
+            not (self.addresses and self.registry),
+            "vllm.registry",
+            "and vllm.addresses both say where the servers are: give one",
+        )
         require(
             not self.devices or bool(self.addresses) or len(self.device_list) == self.num_servers,
             "vllm.devices",

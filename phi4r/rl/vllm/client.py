@@ -19,8 +19,8 @@ from numpy.random import SeedSequence
 from phi4r.configs.sections import VLLMConfig
 from phi4r.errors import UserError
 from phi4r.rl.rollout import Completion, SampleRequest, SamplingOptions
+from phi4r.rl.vllm.server import HEALTH_TIMEOUT_S
 
-HEALTH_TIMEOUT_S = 30.0
 BUSY = (429, 503)
 CONNECTIONS = 3
 """Connections tried for one call: a server closes one that was idle just when it is used again."""
@@ -65,6 +65,11 @@ class Client:
             raise ServerError(f"{self.url}{path} did not answer within {timeout_s:g} s") from None
         except httpx.TransportError as error:
             raise ServerError(f"{self.url}{path}: {type(error).__name__} {error}") from None
+        if response.status_code == 401:
+            raise UserError(
+                f"{self.url}{path} wants another key: set VLLM_API_KEY to the one that the server was started"
+                " with"
+            )
         if response.status_code in (403, 404):
             raise UserError(
                 f"{self.url}{path} is not served (HTTP {response.status_code}): start vLLM with"

@@ -10,6 +10,7 @@ long rollout is not taken for a hang.
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -19,6 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from phi4r.configs.sections import VLLMConfig
+from phi4r.console import say
 from phi4r.convert.live import export_live, served_model
 from phi4r.data.packing import Document, pack, unpack
 from phi4r.errors import UserError
@@ -26,6 +28,7 @@ from phi4r.parallel.attempt import beat
 from phi4r.parallel.layout import broadcast_object
 from phi4r.rl.rollout import Completion, Done, Pending, SampleRequest, SamplingOptions
 from phi4r.rl.vllm.fleet import Fleet, Member, Weights, weights_folder
+from phi4r.rl.vllm.registry import Order, Registry
 from phi4r.rl.vllm.server import ServerProcess
 from phi4r.rl.vllm.weights import Comparison, compare
 from phi4r.train.engine import Engine
@@ -65,28 +68,37 @@ class VLLMEngine:
         self.max_model_len = max_model_len
         self.model = served_model(engine.model_config)
         self.root = (Path(config.weights_dir) if config.weights_dir else run_dir / "weights").resolve()
-        self.fleet = Fleet(config, self._members(run_dir), self.stop_ids)
+        # Servers on other nodes announce themselves in a folder, after the first weights are there.
+        self.registry = Registry(Path(config.registry)) if config.registry and self.layout.is_main else None
+        if self.registry is not None:
+            self.session, key = self.registry.begin()
+        else:
+            self.session, key = "", os.environ.get("VLLM_API_KEY", "")
+        self.fleet = Fleet(config, self._members(run_dir, key), self.stop_ids, key=key)
         self.version: int | None = None
         self.comparison = Comparison(0, 0, [])
         self._pool = ThreadPoolExecutor(1, "phi4r-vllm")
         self._future: Future[Any] | None = None
         self._cancel: Callable[[], object] = lambda: None
 
-    def _members(self, run_dir: Path) -> list[Member]:
-        if not self.layout.is_main:
+    def _members(self, run_dir: Path, key: str) -> list[Member]:
+        if not self.layout.is_main or self.registry is not None:
             return []
         if self.config.address_list:
             return [Member(url=address) for address in self.config.address_list]
-        on_cpu = self.layout.device.type == "cpu"
-        dtype = VLLM_DTYPES[self.model.dtype]
+        dtype, logs = VLLM_DTYPES[self.model.dtype], run_dir / "logs"
         return [
             Member(
                 process=ServerProcess(
-                    i, self.config, dtype, self.max_model_len, on_cpu, run_dir / "logs" / f"vllm_{i}.log"
+                    i, self.config, dtype, self.max_model_len, self._on_cpu, logs / f"vllm_{i}.log", key=key
                 )
             )
             for i in range(self.config.num_servers)
         ]
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.layout.device.type == "cpu"
 
     def close(self) -> None:
         """Give up what is being sampled and end the servers that were started. Safe to call again."""
@@ -108,7 +120,7 @@ class VLLMEngine:
             self.engine.chunks, self.engine.model_config, self.layout, folder, tuple(self.stop_ids), None
         )
         weights = Weights(version, folder, lambda found: self._verify(folder, found))
-        held = self._wait(self._begin(lambda: self.fleet.load(weights)))
+        held = self._wait(self._begin(lambda: self._load(weights)))
         self.version = version
         metrics = self._probe(held, version)
         if self.layout.is_main:
@@ -124,6 +136,21 @@ class VLLMEngine:
                 "rollout_restarts": events.restarts,
             }
         return metrics
+
+    async def _load(self, weights: Weights) -> list[Member]:
+        """Rank 0: have the servers load `weights`; those of a registry are waited for the first time."""
+        if self.registry is not None:
+            dtype = VLLM_DTYPES[self.model.dtype]
+            self.registry.publish(
+                Order(self.session, str(weights.folder), dtype, self.max_model_len, self._on_cpu)
+            )
+            if not self.fleet.members:
+                count, seconds = self.config.num_servers, self.config.start_timeout_s
+                say(f"rl: waiting for {count} vLLM servers to announce themselves in {self.registry.folder}")
+                found = await self.registry.wait_for_servers(self.session, count, seconds)
+                say(f"rl: vLLM servers: {', '.join(f'{one.url} ({one.node})' for one in found)}")
+                self.fleet.members = [Member(url=one.url) for one in found]
+        return await self.fleet.load(weights)
 
     def _verify(self, folder: Path, found: dict[str, str]) -> Comparison:
         self.comparison = compare(folder, self.model, found)

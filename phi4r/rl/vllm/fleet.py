@@ -22,13 +22,11 @@ from phi4r.configs.sections import VLLMConfig
 from phi4r.console import say
 from phi4r.rl.rollout import Completion, SampleRequest, SamplingOptions
 from phi4r.rl.vllm.client import Client, ServerError
-from phi4r.rl.vllm.server import ServerProcess
+from phi4r.rl.vllm.server import HEALTH_EVERY_S, UNHEALTHY_CHECKS, ServerProcess
 from phi4r.rl.vllm.weights import Comparison
 
-HEALTH_EVERY_S = 5.0
 KEEP_ALIVE_S = 2.0
 """Idle connections are dropped before the server does so (after 5 s)."""
-UNHEALTHY_CHECKS = 3
 MAX_ATTEMPTS = 5
 """Servers that may fail over one request before the request itself is blamed."""
 
@@ -113,11 +111,13 @@ class Board:
 
 @dataclass
 class Fleet:
-    """The servers of a run, and what they should hold (`weights`, set before the first request)."""
+    """The servers of a run, and what they should hold (`weights`, set before the first request). key: what
+    requests to them carry ("": nothing)."""
 
     config: VLLMConfig
     members: list[Member]
     stop_ids: list[int]
+    key: str = field(default="", repr=False)
     weights: Weights | None = None
     events: Events = field(default_factory=Events)
 
@@ -326,6 +326,7 @@ class Fleet:
     def _http(self) -> httpx.AsyncClient:
         lanes = len(self.members) * (self.config.max_in_flight + 2)
         return httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {self.key}"} if self.key else {},
             limits=httpx.Limits(
                 max_connections=lanes, max_keepalive_connections=lanes, keepalive_expiry=KEEP_ALIVE_S
             ),

@@ -20,19 +20,49 @@ RANK_VARIABLES = (
     "MKL_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS", "TRITON_INTERPRET",
 )  # fmt: skip
 
+HEALTH_TIMEOUT_S = 30.0
+"""Seconds for an answer about its health."""
+HEALTH_EVERY_S = 5.0
+UNHEALTHY_CHECKS = 3
+"""Checks in a row without a good answer after which a server counts as failed."""
+
+INSIDE = Path(__file__).parent / "inside"
+"""Our modules that vLLM's interpreter imports."""
+
+
+def free_port(host: str) -> int:
+    """A TCP port that nobody has at the address `host` just now."""
+    with socket.socket() as free:
+        free.bind((host, 0))
+        return int(free.getsockname()[1])
+
 
 class ServerProcess:
     """One server: started with a weights folder, ended by `stop` or with this process.
 
     number: counts from 0 and names its log; dtype: vLLM's name of the compute type; max_model_len: longest
-    prompt and response in tokens.
+    prompt and response in tokens; host: address to listen on; port: 0 takes a free one at every start; key:
+    what requests must carry ("": nothing); devices: CUDA_VISIBLE_DEVICES ("": vllm.devices, else inherited).
     """
 
     def __init__(
-        self, number: int, config: VLLMConfig, dtype: str, max_model_len: int, on_cpu: bool, log: Path
+        self,
+        number: int,
+        config: VLLMConfig,
+        dtype: str,
+        max_model_len: int,
+        on_cpu: bool,
+        log: Path,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        key: str = "",
+        devices: str = "",
     ) -> None:
         self.number, self.config, self.log = number, config, log
         self.dtype, self.max_model_len, self.on_cpu = dtype, max_model_len, on_cpu
+        self.host, self.port, self.key = host, port, key
+        self.devices = devices or (config.device_list[number] if config.device_list else "")
         self.python = optional.vllm_python(config.python)
         self.url = ""
         self.num_starts = 0
@@ -43,12 +73,10 @@ class ServerProcess:
         self._life_line = -1
 
     def start(self, weights: Path) -> None:
-        """Start it, on a free port, with the Hugging Face folder `weights`. Returns at once."""
+        """Start it with the Hugging Face folder `weights`. Returns at once."""
         self.stop()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
+        port = self.port or free_port(self.host)
+        self.url = f"http://{self.host}:{port}"
         theirs, self._life_line = os.pipe()
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with open(self.log, "ab") as log:
@@ -71,11 +99,11 @@ class ServerProcess:
         generation_config.json is applied behind our back."""
         return [
             self.python, "-m", "vllm.entrypoints.openai.api_server",
-            "--model", str(weights), "--served-model-name", "policy", "--host", "127.0.0.1",
+            "--model", str(weights), "--served-model-name", "policy", "--host", self.host,
             "--port", str(port), "--tokens-only", "--logprobs-mode", "processed_logprobs",
             "--generation-config", "vllm", "--dtype", self.dtype, "--max-model-len", str(self.max_model_len),
             "--disable-uvicorn-access-log", *(["--enforce-eager"] if self.on_cpu else []),
-            *shlex.split(self.config.options),
+            *(["--middleware", "phi4r_guard.Guard"] if self.key else []), *shlex.split(self.config.options),
         ]  # fmt: skip
 
     def environment(self) -> dict[str, str]:
@@ -90,8 +118,11 @@ class ServerProcess:
             chosen |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
         inherited = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
         given = {**chosen, **inherited}
-        if self.config.device_list:
-            given["CUDA_VISIBLE_DEVICES"] = self.config.device_list[self.number]
+        if self.devices:
+            given["CUDA_VISIBLE_DEVICES"] = self.devices
+        if self.key:  # never on the command line, which every user of the machine can read
+            given["VLLM_API_KEY"] = self.key
+            given["PYTHONPATH"] = os.pathsep.join(filter(None, [str(INSIDE), given.get("PYTHONPATH", "")]))
         return given
 
     @property
