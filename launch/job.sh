@@ -10,7 +10,11 @@ source "$PHI4R_HOME/launch/env.sh"
 
 job_name=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
 say() { printf '%(%FT%T)T [%s] %s\n' -1 "$job_name" "$*"; }
-state() { squeue -h -j "$SLURM_JOB_ID" -o %T; }
+state() { squeue -h -j "$SLURM_JOB_ID" -o %T | head -n 1; }
+# The running steps of a component of this job, as scancel names them: 17.3
+steps_of() { squeue -h -s -j "$1" -o %i | grep -E "^$1\.[0-9]+$"; }
+# In a heterogeneous job the second component runs vLLM servers for the trainer; what has no --het-group is about the first.
+has_servers() { ((${SLURM_HET_SIZE:-1} > 1)); }
 
 # The value of the last --run-dir among the words.
 run_dir_of() {
@@ -73,9 +77,12 @@ requeue() {
   scontrol requeue "$SLURM_JOB_ID" || { note "failed" "scontrol requeue was refused: does the site forbid it?"; exit 1; }
   if [[ -n ${1:-} ]]; then # possible now that the job waits; nodes that were left out before stay out
     local excluded
-    excluded=$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\) .*/\1/p')
+    excluded=$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\) .*/\1/p' | head -n 1)
     [[ $excluded == "(null)" ]] && excluded=
-    scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${excluded:+$excluded,}$1"
+    local component
+    for component in "$SLURM_JOB_ID" ${SLURM_JOB_ID_HET_GROUP_1:-}; do
+      scontrol update JobId="$component" ExcNodeList="${excluded:+$excluded,}$1"
+    done
   fi
   sleep 300 # SLURM ends this script before
   exit 1
@@ -93,8 +100,16 @@ wait_for() {
 # --- before the ranks
 
 check_nodes() {
-  srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --wait=0 --output="$A/check.log" "${PHI4R_SRUN_ARGS[@]}" \
-    "$PHI4R_PYTHON" -m phi4r.slurm.check "$A" 2>"$A/check_srun.err" &
+  check_component "$A" --ntasks="$SLURM_JOB_NUM_NODES"
+  ! has_servers || check_component "$A/rollout_nodes" --ntasks="$SLURM_JOB_NUM_NODES_HET_GROUP_1" --het-group=1
+}
+
+# check_component FOLDER SRUN_OPTIONS...: comes back where the nodes are fit.
+check_component() {
+  local folder=$1
+  mkdir -p "$folder"
+  srun "${@:2}" --ntasks-per-node=1 --wait=0 --output="$folder/check.log" "${PHI4R_SRUN_ARGS[@]}" \
+    "$PHI4R_PYTHON" -m phi4r.slurm.check "$folder" 2>"$folder/check_srun.err" &
   local pid=$!
   (sleep $((PHI4R_CHECK_S + 30)); kill "$pid" 2>/dev/null) &
   local alarm=$!
@@ -103,9 +118,9 @@ check_nodes() {
   kill "$alarm" 2>/dev/null
   ((code == 0)) && return 0
   local why bad=
-  why=$(grep -m 1 '^problem:' "$A/check.log" 2>/dev/null || head -n 1 "$A/check_srun.err")
-  [[ -s $A/bad_nodes ]] && bad=$(<"$A/bad_nodes")
-  if [[ -e $A/check_failed && -z $bad ]]; then # nothing that other nodes would mend
+  why=$(grep -m 1 '^problem:' "$folder/check.log" 2>/dev/null || head -n 1 "$folder/check_srun.err")
+  [[ -s $folder/bad_nodes ]] && bad=$(<"$folder/bad_nodes")
+  if [[ -e $folder/check_failed && -z $bad ]]; then # nothing that other nodes would mend
     note "failed" "check of the nodes: ${why#problem: }"
     exit 1
   fi
@@ -169,12 +184,17 @@ watch_ranks() {
   done
 }
 
-run_ranks() {
+# What ranks and servers are told about this attempt.
+export_attempt() {
   export MASTER_ADDR MASTER_PORT PHI4R_ATTEMPT=$attempt PHI4R_ATTEMPT_DIR=$A
   MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   # Another one for every attempt, below the ports that the kernel hands out.
   MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0} * 31 + attempt) % 10000))
-  srun --kill-on-bad-exit=1 --wait=120 --distribution=block --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
+}
+
+run_ranks() {
+  srun --kill-on-bad-exit=1 --wait=120 --distribution=block \
+    --cpus-per-task="${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK_HET_GROUP_0:-1}}" \
     --output="$A/rank_%5t.log" "${PHI4R_SRUN_ARGS[@]}" "$PHI4R_PYTHON" -m phi4r "$@" 2>"$A/srun.err" &
   step_pid=$!
   watch_ranks &
@@ -183,6 +203,34 @@ run_ranks() {
   code=$?
   kill "$watcher" 2>/dev/null
   wait "$watcher" 2>/dev/null
+}
+
+# Ask the ranks, and not the servers, to save. A signal to a heterogeneous job goes to all its components, even with "+0".
+signal_ranks() {
+  local step
+  has_servers || { scancel --signal=USR2 "$SLURM_JOB_ID"; return; }
+  for step in $(steps_of "$SLURM_JOB_ID"); do scancel --signal=USR2 "$step"; done
+}
+
+# --- the vLLM servers of a heterogeneous job, one task each
+
+start_servers() {
+  has_servers || return 0
+  srun --het-group=1 --ntasks="$SLURM_NTASKS_HET_GROUP_1" --kill-on-bad-exit=0 --wait=0 --distribution=block \
+    --cpus-per-task="${SLURM_CPUS_PER_TASK_HET_GROUP_1:-1}" --output="$A/server_%5t.log" "${PHI4R_SRUN_ARGS[@]}" \
+    "$PHI4R_PYTHON" -m phi4r serve "${@:2}" 2>"$A/servers.err" &
+  servers_pid=$!
+}
+
+# They end with the attempt: the next one has another key and other weights. Every process of the step gets the signal.
+end_servers() {
+  local step alarm code # wait_for sets `code`, and what `judge` looks at is the ranks'
+  has_servers || return 0
+  for step in $(steps_of "$SLURM_JOB_ID_HET_GROUP_1"); do scancel --signal=TERM "$step"; done
+  (sleep 60; kill "$servers_pid" 2>/dev/null) &
+  alarm=$!
+  wait_for "$servers_pid"
+  kill "$alarm" 2>/dev/null
 }
 
 # --- after they have ended: sets `how` and `why`
@@ -219,21 +267,24 @@ judge() {
 
 # phi4r_job STAGE WORDS...: run `phi4r STAGE WORDS` with one task per rank until it is done. Never returns.
 phi4r_job() {
-  local code=0 how= why= stopping= step_pid=
+  local code=0 how= why= stopping= step_pid= servers_pid=
   RUN=$(run_dir_of "$@") || exit 2
   RUN=$(realpath -m "$RUN")
   attempt=0
   mkdir -p "$RUN/logs" "$RUN/slurm" || { say "error: $RUN cannot be made"; exit 1; }
   echo "$SLURM_JOB_ID" >"$RUN/slurm/job"
   scontrol update JobId="$SLURM_JOB_ID" Comment="$RUN" # where `phi4r status` looks
-  trap 'stopping=1; say "signal: time limit near"; scancel --signal=USR2 "$SLURM_JOB_ID"' USR2
+  trap 'stopping=1; say "signal: time limit near"; signal_ranks' USR2
   trap 'stopping=1; say "signal: SLURM wants the nodes back"' TERM
   for ((attempt = 0; ; attempt++)); do
     A=$RUN/logs/$job_name.$attempt
     mkdir -p "$A" && ln -sfn "$job_name.$attempt" "$RUN/logs/latest"
     check_nodes
     say "attempt $attempt: phi4r $* on $SLURM_JOB_NODELIST, $SLURM_NTASKS ranks, from step $(progress); logs in $A"
+    export_attempt
+    start_servers "$@"
     run_ranks "$@"
+    end_servers
     # Made anew, it would be an empty run that starts from nothing.
     [[ -d $A && -d $RUN/slurm ]] || { say "failed: the run folder $RUN is lost"; exit 1; }
     judge

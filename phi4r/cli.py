@@ -19,7 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 import phi4r
 from phi4r.cli_checkpoint import checkpoint_app, replay
 from phi4r.cli_prepare import data_app, plan, profile
-from phi4r.cli_slurm import launch, logs, merge, status
+from phi4r.cli_slurm import launch, logs, merge, serve, status
 from phi4r.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,6 +47,9 @@ COMMANDS: dict[str, Command] = {
     "data": Command("Packed, memory-mapped shards for training", None, "phi4r.data.build:main"),
     "sft": Command("Supervised fine-tuning on packed chat documents", "sft", "phi4r.train.sft:main"),
     "rl": Command("GRPO: sample, verify, reward, step", "rl", "phi4r.rl.train:main"),
+    "serve": Command(
+        "A vLLM server for an RL run whose trainer is on another node", "rl", "phi4r.rl.vllm.serve:main"
+    ),
     "eval": Command(
         "Measure accuracy with intervals over problems and samples", "eval", "phi4r.evaluate.run:main"
     ),
@@ -427,8 +430,12 @@ _command("profile", "  phi4r profile tiny --run-dir runs/profile --steps 3 --par
 _command(
     "launch",
     "  phi4r launch sft phi4_sft --nodes 4 --time 24:00:00 --run-dir /shared/runs/sft --dry-run\n"
+    "  phi4r launch rl phi4_grpo --nodes 4 --rollout-nodes 2 --servers-per-node 4 --run-dir /shared/runs/rl\n"
     "  phi4r launch eval /shared/runs/rl modchain --array 10 --runs 5 --run-dir /shared/runs/eval",
 )(launch)
+_command(
+    "serve", "  phi4r serve phi4_grpo --run-dir /shared/runs/rl --vllm.options '--tensor-parallel-size 2'"
+)(serve)
 _command("status", "  phi4r status\n  phi4r status /shared/runs/sft")(status)
 _command("logs", "  phi4r logs /shared/runs/sft -f\n  phi4r logs /shared/runs/sft --rank 17")(logs)
 _command("merge", "  phi4r merge /shared/runs/eval")(merge)

@@ -1,7 +1,9 @@
-"""`phi4r launch`, `status`, `logs` and `merge`: the commands of `phi4r.cli` for users of a SLURM cluster."""
+"""`phi4r launch`, `status`, `logs`, `merge` and `serve`: the commands of `phi4r.cli` for users of a SLURM
+cluster."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +26,14 @@ def launch(
         list[str], typer.Argument(metavar="RECIPE|CHECKPOINT [TASK]", help="As for `phi4r STAGE`")
     ],
     nodes: Annotated[int, typer.Option("--nodes", min=1, help="Nodes of the job")] = 1,
+    rollout_nodes: Annotated[
+        int,
+        typer.Option("--rollout-nodes", min=0, help="rl: more nodes, for vLLM servers (a heterogeneous job)"),
+    ] = 0,
+    servers_per_node: Annotated[
+        int,
+        typer.Option("--servers-per-node", min=0, help="vLLM servers on a rollout node (default: one a GPU)"),
+    ] = 0,
     time: Annotated[
         str,
         typer.Option(
@@ -68,6 +78,8 @@ def launch(
         run_dir=run_dir,
         recipe=recipe,
         nodes=nodes,
+        rollout_nodes=rollout_nodes,
+        servers_per_node=servers_per_node,
         time=time,
         gpus_per_node=gpus_per_node,
         gpu=gpu,
@@ -102,6 +114,32 @@ def logs(
 
     _no_overrides(ctx)
     module.main(Path(run), None if job else rank, follow)
+
+
+def serve(
+    ctx: typer.Context,
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="The trainer's")],
+    run_dir: Annotated[str, typer.Option("--run-dir", metavar="D", help="The trainer's run folder")],
+    number: Annotated[
+        int | None,
+        typer.Option("--number", min=0, help="Which of vllm.num_servers it is (default: $SLURM_PROCID)"),
+    ] = None,
+    host: Annotated[
+        str, typer.Option("--host", help="Listen here (default: where $MASTER_ADDR is reached from)")
+    ] = "",
+    seed: Annotated[str, typer.Option("--seed", hidden=True)] = "",
+    on_bad_row: Annotated[str, typer.Option("--on-bad-row", hidden=True)] = "",
+) -> None:
+    from phi4r.configs.load import load_stage
+    from phi4r.configs.stages import RLConfig
+    from phi4r.parallel.launch import find_target
+
+    # Job scripts hand the words of `phi4r rl` to both; `seed` and `on_bad_row` say nothing to a server.
+    config = load_stage("rl", recipe, ctx.obj).config
+    assert isinstance(config, RLConfig)
+    if number is None:
+        number = int(os.environ.get("SLURM_PROCID", "0"))
+    find_target("phi4r.rl.vllm.serve:main")(config.vllm, Path(run_dir), number, host)
 
 
 def merge(ctx: typer.Context, folder: RunArgument) -> None:

@@ -45,7 +45,7 @@ ARROWS = {
     "replay": {"configs", "data", "parallel", "rl", "train"},
     "cli_checkpoint": {"configs", "parallel"},
     "cli_prepare": {"configs", "data", "parallel", "plan"},
-    "cli_slurm": {"parallel", "slurm"},
+    "cli_slurm": {"configs", "parallel", "slurm"},
     "cli": {"cli_checkpoint", "cli_prepare", "cli_slurm", "configs", "dryrun", "parallel"},
     "__main__": {"cli"},
 }

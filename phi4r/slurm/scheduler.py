@@ -68,13 +68,19 @@ def find_job(job_id: str) -> Job | None:
         if "Invalid job id" in str(error):
             return None
         raise
-    return _parse(text.splitlines()[-1])
+    jobs = [_parse(line) for line in text.splitlines()]  # of an array or of a heterogeneous job
+    return next((job for job in jobs if job.job_id == job_id), jobs[-1])
 
 
 def my_jobs() -> list[Job]:
     """This user's phi4r jobs in the queue."""
-    lines = ask(["squeue", "-h", "--me", "-o", "%A %j"]).splitlines()
-    ids = dict.fromkeys(line.split()[0] for line in lines if line.split()[1].startswith("phi4r-"))
+    lines = [line.split() for line in ask(["squeue", "-h", "--me", "-o", "%A %j %i"]).splitlines()]
+    # "17+1" is the second component of job 17, which is listed by its first
+    ids = dict.fromkeys(
+        job
+        for job, name, shown in lines
+        if name.startswith("phi4r-") and shown.partition("+")[2] in ("", "0")
+    )
     return [job for job in map(find_job, ids) if job is not None]
 
 

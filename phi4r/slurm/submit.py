@@ -36,6 +36,10 @@ class Wish:
     run_dir: str
     recipe: str
     nodes: int
+    rollout_nodes: int
+    """Nodes of the second component of a heterogeneous job, for vLLM servers (0: there is none)."""
+    servers_per_node: int
+    """(0: one a GPU)."""
     time: str
     gpus_per_node: int
     gpu: str
@@ -89,7 +93,9 @@ def _load(wish: Wish) -> Loaded | None:
             f"launch {wish.stage}: expected {'CHECKPOINT [TASK]' if wish.stage == 'eval' else 'RECIPE'}"
         )
     source = (wish.recipe or None) if wish.stage == "eval" else wish.words[0]
-    return load_stage(wish.stage, source, wish.overrides)
+    # What launch/rl_vllm.sbatch adds; the trainer's memory is then free of the cache of an embedded sampler.
+    added = ["rollout.engine=vllm", "vllm.registry=RUN/servers"] if wish.rollout_nodes else []
+    return load_stage(wish.stage, source, [*wish.overrides, *added])
 
 
 def _tasks_per_node(wish: Wish, world_size: int) -> int:
@@ -111,7 +117,9 @@ def prepare(wish: Wish) -> Submission:
     """The sbatch command for a wish. UserError where the recipe is wrong, cannot fit, or runs already."""
     if wish.stage not in STAGES:
         raise UserError(f"launch: expected one of {', '.join(STAGES)}, got {wish.stage!r}")
-    script = scripts_folder() / f"{wish.stage}.sbatch"
+    if wish.rollout_nodes and wish.stage != "rl":
+        raise UserError(f"--rollout-nodes: is for rl, which samples while it trains; not for {wish.stage}")
+    script = scripts_folder() / f"{wish.stage}{'_vllm' if wish.rollout_nodes else ''}.sbatch"
     loaded, notes, tasks = _load(wish), [], 1
     run_dir = None
     words = [*wish.words, *(f"--{override}" for override in wish.overrides)]
@@ -132,8 +140,8 @@ def prepare(wish: Wish) -> Submission:
         _refuse_second_job(run_dir)
     elif wish.run_dir:
         raise UserError("launch bench: has no run folder; results go where the benchmark says")
-    options = [f"--nodes={wish.nodes}", f"--ntasks-per-node={tasks}"]
-    options.append(f"--gpus-per-node={wish.gpus_per_node or tasks}")
+    gpus = wish.gpus_per_node or tasks
+    options = [f"--nodes={wish.nodes}", f"--ntasks-per-node={tasks}", f"--gpus-per-node={gpus}"]
     if wish.time:
         lead = max(1, min(MAX_LEAD_S, seconds_of(wish.time) // 4))
         options += [f"--time={wish.time}", f"--signal=B:USR2@{lead}"]
@@ -145,8 +153,20 @@ def prepare(wish: Wish) -> Submission:
         if wish.stage != "eval":
             raise UserError(f"--array: is for eval, whose runs are independent; not for {wish.stage}")
         options.append(f"--array=0-{wish.array - 1}")
-    command = ["sbatch", "--parsable", *options, *shlex.split(wish.sbatch), str(script), *words]
+    options += shlex.split(wish.sbatch)
+    if wish.rollout_nodes:
+        options += [":", *_rollout_options(wish, gpus)]
+    command = ["sbatch", "--parsable", *options, str(script), *words]
     return Submission(run_dir, script, command, notes)
+
+
+def _rollout_options(wish: Wish, gpus: int) -> list[str]:
+    """sbatch's options for the second component, which inherits time limit and comment; `gpus`: of a node."""
+    servers = wish.servers_per_node or gpus
+    if gpus % servers:
+        raise UserError(f"--servers-per-node: {servers} servers cannot share {gpus} GPUs evenly")
+    nodes, tasks = f"--nodes={wish.rollout_nodes}", f"--ntasks-per-node={servers}"
+    return [nodes, tasks, f"--gpus-per-node={gpus}", *shlex.split(wish.sbatch)]
 
 
 def _refuse_second_job(run_dir: Path) -> None:
@@ -171,7 +191,7 @@ def _environment() -> Mapping[str, str]:
 def rendered(command: Sequence[str]) -> str:
     """The command for people: an option a line."""
     lines, rest = [command[0]], list(command[1:])
-    while rest and rest[0].startswith("-"):
+    while rest and (rest[0].startswith("-") or rest[0] == ":"):
         lines.append("  " + shlex.quote(rest.pop(0)))
     return " \\\n".join([*lines, "  " + shlex.join(rest)])
 

@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def wish(stage: str, *words: str, **changes: Any) -> Wish:
     given: dict[str, Any] = {
         "stage": stage, "words": list(words), "overrides": [], "run_dir": "/shared/run", "recipe": "",
-        "nodes": 1, "time": "", "gpus_per_node": 0, "gpu": "h100", "after": "", "array": 0, "sbatch": "",
+        "nodes": 1, "rollout_nodes": 0, "servers_per_node": 0, "time": "", "gpus_per_node": 0,
+        "gpu": "h100", "after": "", "array": 0, "sbatch": "",
     }  # fmt: skip
     return Wish(**{**given, **changes})
 
@@ -53,6 +54,19 @@ def test_the_command_has_the_recipes_layout_and_passes_settings_through() -> Non
     assert rendered(submission.command).count("\n") >= len(head) - 1
 
 
+def test_rollout_nodes_are_a_second_component_with_a_server_for_each_gpu() -> None:
+    submission = prepare(wish("rl", "phi4_grpo", nodes=4, rollout_nodes=2, time="60", sbatch="--qos=high"))
+    colon = submission.command.index(":")
+    assert {"--nodes=4", "--ntasks-per-node=8", "--time=60", "--qos=high"} <= set(submission.command[:colon])
+    assert submission.command[colon + 1 : colon + 5] == [
+        "--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--qos=high"
+    ]  # fmt: skip
+    assert submission.command[colon + 5].endswith("launch/rl_vllm.sbatch")
+    shared = prepare(wish("rl", "phi4_grpo", nodes=4, rollout_nodes=2, servers_per_node=4)).command
+    assert shared[shared.index(":") + 2] == "--ntasks-per-node=4"
+    assert "\n  : \\\n  --nodes=2 " in rendered(submission.command)
+
+
 def test_a_short_job_is_told_to_save_in_its_last_quarter() -> None:
     assert "--signal=B:USR2@150" in prepare(wish("sft", "tiny", time="10")).command
 
@@ -66,6 +80,15 @@ def test_a_short_job_is_told_to_save_in_its_last_quarter() -> None:
         (wish("sft", "phi4_sft", nodes=2, gpus_per_node=8), "--nodes 2 with 8 GPUs have 16"),
         (wish("sft", "tiny", array=3), "--array: is for eval"),
         (wish("bench", "native", run_dir="x"), "has no run folder"),
+        (wish("sft", "tiny", rollout_nodes=1), "--rollout-nodes: is for rl"),
+        (
+            wish("rl", "phi4_grpo", nodes=4, rollout_nodes=1, servers_per_node=3),
+            "3 servers cannot share 8 GPUs evenly",
+        ),
+        (
+            wish("rl", "tiny", rollout_nodes=1, overrides=["vllm.addresses=http://a:1"]),
+            "both say where the servers are",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused_with_the_reason(request_: Wish, message: str) -> None:
