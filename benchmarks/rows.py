@@ -33,13 +33,13 @@ def cpu_name() -> str:
 
 
 def provenance(*paths: str) -> dict[str, Any]:
-    """date (UTC), commit, dirty (1: `paths`, relative to the repository, had changes), cpu.
+    """date (UTC), commit, dirty (1: `paths`, relative to the repository, had changes other than rows), cpu.
 
     A copy without its git folder takes the commit from the variable PHI4R_COMMIT and cannot say whether it is
     dirty ("")."""
     root = Path(__file__).parents[1]
     commit = git("rev-parse", "--short", "HEAD")
-    changed = git("status", "--porcelain", "--", *(str(root / path) for path in paths))
+    changed = git("status", "--porcelain", "--", *(str(root / path) for path in paths), f":!{RESULTS}")
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit or os.environ.get("PHI4R_COMMIT", "unknown"),
