@@ -1,6 +1,6 @@
 """The embedded rollout engine: sampled tokens per second by how many sequences are decoded at once.
 
-    python -m benchmarks.rollout [--slots 1 8 32 128] [--num-requests 128] [--new-tokens 64]
+    python -m benchmarks.rollout [--slots 8 32 128] [--num-requests 128] [--new-tokens 64]
 
 Needs phi4r installed. A model of the tiny preset with random weights samples `--num-requests` answers of
 exactly `--new-tokens` tokens to prompts of 16 to 48 random tokens, at temperature 1; prefill included. Beside
@@ -42,7 +42,7 @@ def embedded(prompts: list[tuple[int, ...]], new_tokens: int) -> Any:
     from phi4r.train.engine import Engine
     from phi4r.train.session import fill_weights
 
-    model = dataclasses.replace(load_stage("rl", "tiny").config.model, vocab_size=VOCAB)
+    model = dataclasses.replace(load_stage("rl", "tiny", ["model.dtype=fp32"]).config.model, vocab_size=VOCAB)
     engine = Engine(model, ParallelConfig(), init_layout(ParallelConfig()), TrainConfig())
     fill_weights(engine, "", seed=0)
 
@@ -61,7 +61,7 @@ def transformers_generate(prompts: list[tuple[int, ...]], new_tokens: int, devic
         raise SkippedError("transformers is not installed") from None
     from phi4r.configs.load import load_stage
 
-    model = load_stage("rl", "tiny").config.model
+    model = load_stage("rl", "tiny", ["model.dtype=fp32"]).config.model
     config = Phi3Config(
         vocab_size=VOCAB,
         hidden_size=model.hidden_size,
@@ -108,7 +108,7 @@ def _disagreement(sample: Any, slots: list[int]) -> str:
 def settings() -> argparse.Namespace:
     """The command line; only what a rollout has of the common options."""
     parser = suite.parser(__doc__)
-    parser.add_argument("--slots", type=int, nargs="+", default=[1, 8, 32, 128])
+    parser.add_argument("--slots", type=int, nargs="+", default=[8, 32, 128])
     parser.add_argument("--num-requests", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=64)
     return parser.parse_args()
