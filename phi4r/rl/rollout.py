@@ -191,8 +191,9 @@ class EmbeddedEngine:
         while live or waiting:
             beat()
             free = slots - len(live)
-            # Prefilling in batches costs less than one by one: up to an eighth of the slots may wait.
-            if waiting and (not live or free >= max(1, slots // 8)):
+            # Prefilling in batches costs less than one by one: up to an eighth of the slots may stay empty,
+            # but not where the last prompts would fit.
+            if waiting and (not live or free >= max(1, min(len(waiting), slots // 8))):
                 new = self._take(waiting, free)
                 self._prefill(cache, new, len(live), options)
                 live += new

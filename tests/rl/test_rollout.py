@@ -15,6 +15,7 @@ from phi4r.configs.sections import ModelConfig, ParallelConfig, TrainConfig
 from phi4r.data.packing import Document, pack, unpack
 from phi4r.model.names import load_weights, random_weights
 from phi4r.parallel.layout import init_layout
+from phi4r.rl import rollout
 from phi4r.rl.rollout import (
     PREFILL_TOKENS,
     Completion,
@@ -76,6 +77,17 @@ def test_samples_do_not_depend_on_the_number_of_slots(engine: Engine, num_slots:
     reference = tokens_of(sample(engine, requests(), 24))
     assert len({len(tokens) for tokens in reference}) > 4, "sequences should end at different times"
     assert tokens_of(sample(engine, requests(), num_slots)) == reference
+
+
+def test_the_last_prompts_do_not_wait_for_the_others_to_end(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollout, "PREFILL_TOKENS", 44)  # 24 prompts of 4 tokens come in turns of 11, 11 and 2
+    sampler, steps = EmbeddedEngine(engine, (), 24), []
+    decode = sampler._decode
+    monkeypatch.setattr(sampler, "_decode", lambda *args: (steps.append(len(args[1])), decode(*args)))
+    sampler.generate([SampleRequest((5, 6, 7, 8), (0, i)) for i in range(24)], SamplingOptions(20))
+    assert steps == [24] * 19
 
 
 def test_samples_do_not_depend_on_the_order_of_requests_or_on_their_neighbours(engine: Engine) -> None:
