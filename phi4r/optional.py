@@ -91,6 +91,21 @@ def require(name: str) -> ModuleType:
         ) from error
 
 
+PROGRAMS = {
+    "bwrap": "task code runs programs in bubblewrap: apt-get install bubblewrap (dnf install bubblewrap)",
+    "prlimit": "task code limits programs with prlimit: apt-get install util-linux",
+}
+"""Programs phi4r can use but does not need, with what for and how to get them."""
+
+
+def program(name: str) -> str:
+    """Path of an optional program; raises UserError with the install line where it is missing."""
+    found = shutil.which(name)
+    if found is None:
+        raise UserError(f"{name} is not installed; {PROGRAMS[name]}")
+    return found
+
+
 VLLM_PYTHON = "PHI4R_VLLM_PYTHON"
 
 

@@ -117,7 +117,7 @@ def _inputs(config: CurateConfig, run_dir: Path) -> tuple[Path, list[Problem]]:
     low, high = problems.difficulty_min, problems.difficulty_max
     if settings.heldout_path:
         heldout, _ = load_problems(settings.heldout_path)
-    elif task.name == "math" or settings.num_heldout == 0:
+    elif not task.is_generated or settings.num_heldout == 0:
         heldout = []
     else:
         heldout = generate_heldout(task, config.seed, settings.num_heldout, low, high)

@@ -88,7 +88,7 @@ def task_check(problem: Problem, text: str) -> bool | None:
     task = get_task(problem.task)
     found = extract_solution_answer(text)
     if found.answer is None:
-        return None if task.name == "math" else False
+        return False if task.is_generated else None
     return task.check_answer(problem, found.answer)
 
 

@@ -6,6 +6,7 @@ evaluation.
     addition.py    sums of several multi-digit numbers
     countdown.py   reach a target with given numbers
     math.py        any problem with a gold answer, checked by `phi4r.verify`
+    code.py        programs, run in a sandbox
 
 A task knows nothing of tokenizers, models or files, and imports no torch. A problem depends on (seed,
 index) only, never on how many were generated before it.
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 from phi4r.errors import UserError
 from phi4r.tasks.addition import Addition
 from phi4r.tasks.base import Task
+from phi4r.tasks.code import Code
 from phi4r.tasks.countdown import Countdown
 from phi4r.tasks.math import Math
 from phi4r.tasks.modchain import ModChain
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from phi4r.verify.strict import Verdict
 
 _TASKS: dict[str, Task] = {
-    task.name: task for task in (ModChain(), ModChain(modulus=5), Addition(), Countdown(), Math())
+    task.name: task for task in (ModChain(), ModChain(modulus=5), Addition(), Countdown(), Math(), Code())
 }
 
 
@@ -58,18 +60,24 @@ def alphabet() -> str:
 def grade_responses(graded: Sequence[tuple[Problem, str]], pool: VerifierPool) -> list[Verdict]:
     """Verdicts on (problem, whole response) pairs, in order.
 
-    Tasks with a checker of their own are settled in this process; the rest goes to `pool` in one batch.
-    Raises what `VerifierPool.map` raises.
+    Tasks with a checker of their own are settled in this process, programs run in sandboxes, as many at once
+    as `pool` has workers; the rest goes to `pool` in one batch. Raises what `VerifierPool.map` raises.
     """
     verdicts: list[Verdict | None] = [
         get_task(problem.task).grade(problem, response) for problem, response in graded
     ]
-    open_places = [place for place, verdict in enumerate(verdicts) if verdict is None]
-    settled = (
-        pool.map([(graded[place][0].answer, graded[place][1]) for place in open_places])
-        if open_places
-        else []
-    )
-    for place, verdict in zip(open_places, settled, strict=True):
-        verdicts[place] = verdict
+    programs, algebra = list[int](), list[int]()
+    for place, verdict in enumerate(verdicts):
+        if verdict is None:
+            (programs if graded[place][0].task == Code.name else algebra).append(place)
+    if programs:
+        found = Code().grade_all([graded[place] for place in programs], pool.num_workers, pool.timeout_s)
+        _fill(verdicts, programs, found)
+    if algebra:
+        _fill(verdicts, algebra, pool.map([(graded[i][0].answer, graded[i][1]) for i in algebra]))
     return [verdict for verdict in verdicts if verdict is not None]
+
+
+def _fill(verdicts: list[Verdict | None], places: Sequence[int], found: Sequence[Verdict]) -> None:
+    for place, verdict in zip(places, found, strict=True):
+        verdicts[place] = verdict

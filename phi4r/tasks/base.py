@@ -69,7 +69,7 @@ class Task(ABC):
 
     `name`; `default_range`: lowest and highest difficulty, in the task's own unit (`difficulty_unit`);
     `alphabet`: the characters of its problems, traces and answers ("" = any); `default_skip_share`: share
-    of training traces that skip the working.
+    of training traces that skip the working; `is_generated`: False where problems come from files only.
     """
 
     name: str
@@ -78,6 +78,7 @@ class Task(ABC):
     difficulty_unit: str
     alphabet: str
     default_skip_share: float
+    is_generated = True
 
     @abstractmethod
     def generate(self, seed: int, index: int, difficulty: int | tuple[int, int] | None = None) -> Problem:

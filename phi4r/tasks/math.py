@@ -20,6 +20,7 @@ class Math(Task):
     difficulty_unit = "none"
     alphabet = ""
     default_skip_share = 0.0
+    is_generated = False
 
     def generate(self, seed: int, index: int, difficulty: int | tuple[int, int] | None = None) -> Problem:
         """There is no generator: always UserError."""

@@ -4,6 +4,7 @@
     strict.py    the tiers: string -> exact rational -> complexity gate -> math-verify with an exact guard
     pool.py      `VerifierPool`: workers with a hard deadline and a memory limit, killed and replaced
     worker.py    the program a worker runs (`python -m phi4r.verify.worker`)
+    sandbox.py   programs of a model, under bubblewrap
     cli.py       `phi4r verify` and `phi4r reward`: JSONL in, JSONL out
 
 Nothing here imports torch, and only a worker process ever imports sympy or math-verify: a hostile answer

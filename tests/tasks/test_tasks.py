@@ -19,7 +19,7 @@ from phi4r.tasks.base import CounterStream
 from phi4r.tasks.countdown import evaluate
 from phi4r.verify.pool import VerifierPool
 
-GENERATED = [name for name in task_names() if name != "math"]
+GENERATED = [name for name in task_names() if get_task(name).is_generated]
 
 
 def problem_of(task: str, text: str, answer: str) -> Problem:
