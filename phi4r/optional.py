@@ -41,7 +41,7 @@ TABLE: dict[str, Optional] = {
         Optional(
             "transformer_engine",
             "transformer-engine",
-            "FP8 on GPUs (a later version)",
+            "train.layers = transformer_engine, train.fp8, optimizer.moments and optimizer.offload",
             "pip install 'phi4r[te]'",
         ),
         Optional(

@@ -117,6 +117,9 @@ class ParallelConfig:
     """Pipeline parallel ranks: each holds num_layers / pp consecutive layers."""
     vpp: int = 1
     """Virtual pipeline stages per rank (interleaved schedule, smaller bubble); 1 = plain pipeline."""
+    stage_layers: str = ""
+    """Layers of every pipeline stage, pp x vpp numbers in the order of the layers, as in "11,10,10,9": the
+    last stage also has the head ("": evenly, or with fewer on the last stage)."""
     cp: int = 1
     """Context parallel ranks: each holds 1 / cp of every packed row."""
     dp: int = 1
@@ -142,6 +145,13 @@ class ParallelConfig:
             self.vpp == 1 or self.pp > 1,
             "parallel.vpp",
             f"{self.vpp} needs parallel.pp > 1, which is {self.pp}",
+        )
+        words = self.stage_layers.split(",") if self.stage_layers else []
+        require(
+            len(words) in (0, self.pp * self.vpp) and all(w.strip().isdecimal() and int(w) for w in words),
+            "parallel.stage_layers",
+            f"expected parallel.pp x parallel.vpp = {self.pp * self.vpp} numbers of at least 1 with commas"
+            f" between, got {self.stage_layers!r}",
         )
 
     @property
@@ -223,10 +233,22 @@ class OptimizerConfig:
     """Adam's denominator floor."""
     clip_grad: float = 1.0
     """Largest global gradient norm; longer gradients are scaled down (0: never)."""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """Type of Adam's two averages. bf16 takes a third off the optimizer's memory; it needs
+    transformer-engine, model.dtype = bf16 and parallel.distributed_optimizer (megatron-core's precision-aware
+    optimizer)."""
+    offload: float = 0.0
+    """Share of the optimizer's state that is kept and stepped in host memory, 0 to 1; needs a GPU,
+    transformer-engine, model.dtype = bf16 and parallel.distributed_optimizer."""
 
     def __post_init__(self) -> None:
         at_least("optimizer", self, lr=0, warmup_steps=0, weight_decay=0, clip_grad=0)
-        between("optimizer", self, 0, 1, "min_lr_ratio")
+        between("optimizer", self, 0, 1, "min_lr_ratio", "offload")
+        require(
+            self.moments == "fp32" or self.offload == 0,
+            "optimizer.moments",
+            f"must be fp32 with optimizer.offload = {self.offload:g}: the host's AdamW has no other",
+        )
         positive("optimizer", self, "eps")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
@@ -248,6 +270,12 @@ class TrainConfig:
     CPU."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Recompute activations in the backward pass: nothing, attention only, or whole layers."""
+    layers: Literal["local", "transformer_engine"] = "local"
+    """Matrix products of the layers: megatron-core's own, or those of the package transformer-engine (on a
+    GPU). Weights and checkpoints are the same."""
+    fp8: Literal["off", "tensorwise", "blockwise", "mxfp8"] = "off"
+    """SFT: matrix products in FP8, by how their scales are found; needs train.layers = transformer_engine and
+    model.dtype = bf16. tensorwise and blockwise on Hopper, mxfp8 on Blackwell."""
     eval_every: int = 100
     """SFT: steps between measurements of the held-out loss (0: never). GRPO samples anew in every step."""
     max_nonfinite_steps: int = 10
@@ -269,6 +297,11 @@ class TrainConfig:
             max_nonfinite_steps=0,
             spike_sigmas=0,
             check_replicas_every=0,
+        )
+        require(
+            self.fp8 == "off" or self.layers == "transformer_engine",
+            "train.fp8",
+            f"{self.fp8} needs train.layers = transformer_engine, which is {self.layers}",
         )
 
 

@@ -26,12 +26,23 @@ from phi4r.configs.sections import (
 )
 
 
-def uneven_stages(num_layers: int, pp: int) -> tuple[int, int]:
-    """(layers of the first stage, of the last) where `pp` does not divide `num_layers`; stages between hold
-    the rounded share each. The last stage gets the fewer: it also runs the head."""
-    middle = round(num_layers / pp) if pp > 2 else 0
-    rest = num_layers - middle * (pp - 2)
-    return rest - rest // 2, rest // 2
+def stage_layers(num_layers: int, parallel: ParallelConfig) -> list[list[int]]:
+    """Decoder layers of every model chunk: [pipeline rank][virtual stage].
+
+    `parallel.stage_layers` where it is given. Else the same for all, or, where pp does not divide the layers,
+    the rounded share for stages between the first and the last; of what is left the last gets the fewer: it
+    also runs the head."""
+    pp, vpp = parallel.pp, parallel.vpp
+    if parallel.stage_layers:
+        counts = [int(word) for word in parallel.stage_layers.split(",")]
+    elif num_layers % (pp * vpp) == 0:
+        counts = [num_layers // (pp * vpp)] * (pp * vpp)
+    else:
+        assert vpp == 1, "check_layout refuses uneven virtual stages that are not spelt out"
+        middle = round(num_layers / pp) if pp > 2 else 0
+        rest = num_layers - middle * (pp - 2)
+        counts = [rest - rest // 2, *([middle] * (pp - 2)), rest // 2]
+    return [counts[rank::pp] for rank in range(pp)]
 
 
 VOCAB_ROWS = 64
@@ -86,13 +97,53 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
         "parallel.vpp" if parallel.vpp > 1 else "parallel.pp",
         f"{stages} pipeline stages need as many layers, and model.num_layers is {model.num_layers}",
     )
-    # Plain pipelines may be uneven (the first and last stage differ from the rest); virtual stages may not.
+    if parallel.stage_layers:
+        found = sum(map(sum, stage_layers(model.num_layers, parallel)))
+        require(
+            found == model.num_layers,
+            "parallel.stage_layers",
+            f"{parallel.stage_layers} are {found} layers, and model.num_layers is {model.num_layers}",
+        )
     require(
-        parallel.vpp == 1 or model.num_layers % stages == 0,
+        bool(parallel.stage_layers) or parallel.vpp == 1 or model.num_layers % stages == 0,
         "parallel.vpp",
         f"parallel.pp x parallel.vpp = {parallel.pp} x {parallel.vpp} does not divide model.num_layers"
-        f" ({model.num_layers})",
+        f" ({model.num_layers}); parallel.stage_layers can say which stage gets how many",
     )
+
+
+FP8_MULTIPLE = 16
+"""Sides of an FP8 product are multiples of this."""
+
+
+def check_precision(
+    model: ModelConfig, parallel: ParallelConfig, optimizer: OptimizerConfig, train: TrainConfig
+) -> None:
+    """Refuse what megatron-core's reduced precision and offloading cannot be combined with: ConfigError."""
+    for key, is_set in (
+        ("optimizer.moments", optimizer.moments != "fp32"),
+        ("optimizer.offload", optimizer.offload > 0),
+        ("train.fp8", train.fp8 != "off"),
+    ):
+        require(not is_set or model.dtype == "bf16", key, f"needs model.dtype = bf16, which is {model.dtype}")
+        require(
+            not is_set or key == "train.fp8" or parallel.distributed_optimizer,
+            key,
+            "needs parallel.distributed_optimizer = true",
+        )
+    if train.fp8 == "off":
+        return
+    for name, width in (
+        ("hidden_size", model.hidden_size),
+        ("ffn_hidden_size", model.ffn_hidden_size // parallel.tp),
+        ("head_dim", model.num_query_groups * model.head_dim // parallel.tp),
+    ):
+        require(
+            width % FP8_MULTIPLE == 0,
+            f"model.{name}",
+            f"train.fp8 needs products whose sides are multiples of {FP8_MULTIPLE}, and at parallel.tp ="
+            f" {parallel.tp} this gives {width}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +187,13 @@ class SFTConfig:
             length <= self.model.max_position_embeddings,
             "data.seq_length",
             f"{length} is beyond model.max_position_embeddings ({self.model.max_position_embeddings})",
+        )
+        check_precision(self.model, self.parallel, self.optimizer, self.train)
+        require(
+            self.train.fp8 == "off" or length // p.cp % FP8_MULTIPLE == 0,
+            "data.seq_length",
+            f"train.fp8 needs a multiple of {FP8_MULTIPLE} tokens on a rank, {length} at parallel.cp = {p.cp}"
+            f" gives {length // p.cp}",
         )
 
 
@@ -188,6 +246,12 @@ class RLConfig:
             "rollout.max_new_tokens",
             f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest} is beyond"
             f" model.max_position_embeddings ({self.model.max_position_embeddings})",
+        )
+        check_precision(self.model, self.parallel, self.optimizer, self.train)
+        require(
+            self.train.fp8 == "off",
+            "train.fp8",
+            "is for SFT: in RL the model also decodes a few tokens at a time, which FP8 products do not take",
         )
         self.reward.resolved(rollout.max_new_tokens)  # its own check, now that L_max is known
 

@@ -19,13 +19,15 @@ from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from phi4r_kernels.linear_loss import LinearLossResult, linear_logprobs, linear_loss
 from torch import Tensor
 
-from phi4r.configs.sections import ModelConfig, ParallelConfig
-from phi4r.configs.stages import uneven_stages, vocab_rows
+from phi4r import optional
+from phi4r.configs.sections import ModelConfig, ParallelConfig, TrainConfig
+from phi4r.configs.stages import stage_layers, vocab_rows
 from phi4r.errors import UserError
 from phi4r.model.attention import CoreAttention
 from phi4r.model.backends import select_backend
@@ -105,13 +107,32 @@ class LogprobHead(ColumnParallelLinear):
         return torch.cat(shards, dim=1)[:, : self.vocab_size]
 
 
+def layer_spec(kind: str = "local") -> ModuleSpec:
+    """A decoder layer, its matrix products from megatron-core ("local") or from transformer-engine.
+
+    Norms and core attention are ours in both, so that parameters have the same names: weights, checkpoints,
+    exports and the memory plan do not depend on `kind`."""
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    attention = layer.submodules.self_attention.submodules
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention.core_attention = CoreAttention
+    if kind == "transformer_engine":
+        # megatron-core imports transformer-engine where it finds it, and has stand-ins otherwise.
+        from megatron.core.extensions import transformer_engine as te
+
+        mlp = layer.submodules.mlp.submodules
+        attention.linear_qkv, attention.linear_proj = te.TEColumnParallelLinear, te.TERowParallelLinear
+        mlp.linear_fc1, mlp.linear_fc2 = te.TEColumnParallelLinear, te.TERowParallelLinear
+    return layer
+
+
 class Phi4Model(GPTModel):
     """GPTModel whose last stage answers the row's `HeadRequest` instead of returning logits."""
 
-    def __init__(self, config: TransformerConfig, model: ModelConfig, **stage: Any) -> None:
-        layer = get_gpt_layer_local_spec(normalization="RMSNorm")
-        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-        layer.submodules.self_attention.submodules.core_attention = CoreAttention
+    def __init__(
+        self, config: TransformerConfig, model: ModelConfig, *, layers: str = "local", **stage: Any
+    ) -> None:
+        layer = layer_spec(layers)
         tp = config.tensor_model_parallel_size
         num_layers = get_num_layers_to_build(config, stage["vp_stage"])
         super().__init__(
@@ -142,24 +163,38 @@ class Phi4Model(GPTModel):
         return self.output_layer(hidden_states, packed_seq_params.head, self.config.sequence_parallel)
 
 
+FP8_FORMATS = {"tensorwise": "hybrid", "blockwise": "e4m3", "mxfp8": "e4m3"}
+"""train.fp8 -> number format. Where a whole tensor shares a scale, gradients need E5M2's range. These recipes
+keep no history of scales, so that a checkpoint holds none."""
+
+
+def pipeline_layout(num_layers: int, parallel: ParallelConfig) -> list[list[str]]:
+    """megatron-core's list of what every pipeline stage holds, in the order of the layers."""
+    by_rank = stage_layers(num_layers, parallel)
+    counts = [by_rank[rank][stage] for stage in range(parallel.vpp) for rank in range(parallel.pp)]
+    stages = [["decoder"] * count for count in counts]
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
+
+
 def transformer_config(
-    model: ModelConfig, parallel: ParallelConfig, recompute: str = "none"
+    model: ModelConfig, parallel: ParallelConfig, train: TrainConfig | None = None
 ) -> TransformerConfig:
-    """Megatron-core's config for a Phi-4-shaped model under a layout. recompute: none, selective (core
-    attention) or full."""
+    """Megatron-core's config for a Phi-4-shaped model under a layout. Of `train`: recompute and fp8."""
+    train = train or TrainConfig()
     dtype = DTYPES[model.dtype]
     on_cpu = not torch.cuda.is_available()
     if dtype == torch.float64 and not on_cpu:
         raise UserError("model.dtype: fp64 trains on CPU only, expected fp32 or bf16 where there is a GPU")
     options: dict[str, Any] = {}
-    if recompute == "full":
+    if train.recompute == "full":
         options = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-    elif recompute == "selective":
+    elif train.recompute == "selective":
         options = dict(recompute_granularity="selective", recompute_modules=["core_attn"])
     interleaved = parallel.vpp > 1
-    if parallel.pp > 1 and model.num_layers % parallel.pp:
-        first, last = uneven_stages(model.num_layers, parallel.pp)
-        options |= dict(num_layers_in_first_pipeline_stage=first, num_layers_in_last_pipeline_stage=last)
+    if parallel.pp > 1:
+        options["pipeline_model_parallel_layout"] = pipeline_layout(model.num_layers, parallel)
+    if train.fp8 != "off":
+        options |= dict(fp8=FP8_FORMATS[train.fp8], fp8_recipe=train.fp8)
     config = TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -216,12 +251,19 @@ def _mark_sharded_parameters(chunk: Phi4Model) -> None:
             set_tensor_model_parallel_attributes(module.weight, True, 1, 1)
 
 
-def build_model(model: ModelConfig, parallel: ParallelConfig, *, recompute: str = "none") -> list[Phi4Model]:
-    """This rank's model chunks (one per virtual stage), parameters allocated but not filled.
+def build_model(
+    model: ModelConfig, parallel: ParallelConfig, train: TrainConfig | None = None
+) -> list[Phi4Model]:
+    """This rank's model chunks (one per virtual stage), parameters allocated but not filled. Of `train`:
+    recompute, layers and fp8.
 
-    Call after `init_layout`. `model.vocab_size` must be set.
+    Call after `init_layout`. `model.vocab_size` must be set. UserError where transformer-engine is asked for
+    and not installed.
     """
-    config = transformer_config(model, parallel, recompute)
+    train = train or TrainConfig()
+    if train.layers == "transformer_engine":
+        optional.require("transformer_engine")
+    config = transformer_config(model, parallel, train)
     chunks = []
     for stage in range(parallel.vpp):
         vp_stage = stage if parallel.vpp > 1 else None
@@ -229,6 +271,7 @@ def build_model(model: ModelConfig, parallel: ParallelConfig, *, recompute: str 
         chunk = Phi4Model(
             config,
             model,
+            layers=train.layers,
             pre_process=mpu.is_pipeline_first_stage(ignore_virtual=ignore_virtual, vp_stage=vp_stage),
             post_process=mpu.is_pipeline_last_stage(ignore_virtual=ignore_virtual, vp_stage=vp_stage),
             vp_stage=vp_stage,

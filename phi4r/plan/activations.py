@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from phi4r.configs.sections import ModelConfig, ParallelConfig, TrainConfig
-from phi4r.plan.states import BYTES, FP32, stage_layers
+from phi4r.configs.stages import stage_layers
+from phi4r.plan.states import BYTES, FP32
 
 DENSE_MASK_TOKENS = 512
 """Rows up to this length go through one masked attention call on the CPU (`phi4r.model.backends`)."""
@@ -163,13 +164,28 @@ class Activations:
             return min(num_microbatches, pp - pp_rank)
         return min(num_microbatches * vpp, (pp - pp_rank - 1) * 2 + (vpp - 1) * pp + 1)
 
+    def layers_in_flight(self, pp_rank: int, num_microbatches: int) -> int:
+        """Most layers, counted per microbatch, whose backward is still to come: a rank takes pp microbatches
+        through each of its chunks in turn, and back through them in the other order."""
+        pp, vpp = self.parallel.pp, self.parallel.vpp
+        layers = stage_layers(self.model.num_layers, self.parallel)[pp_rank]
+        pieces = self.microbatches_in_flight(pp_rank, num_microbatches)
+        waiting = most = 0
+        for forward in range(num_microbatches * vpp):
+            waiting += layers[forward // pp % vpp]
+            most = max(most, waiting)
+            backward = forward - pieces + 1
+            if backward >= 0:
+                waiting -= layers[vpp - 1 - backward // pp % vpp]
+        return most
+
     def peak(self, pp_rank: int, num_microbatches: int) -> int:
         """Most bytes saved at any moment on a pipeline rank."""
         parallel = self.parallel
-        layers = stage_layers(self.model.num_layers, parallel.pp, parallel.vpp)[pp_rank][0]
+        layers = self.layers_in_flight(pp_rank, num_microbatches)
         pieces = self.microbatches_in_flight(pp_rank, num_microbatches)
         rotary = 0 if self.recompute == "full" else self.rotary()
-        kept = pieces * (layers * self.kept_layer() + rotary)
+        kept = layers * self.kept_layer() + pieces * rotary
         extra = self.recomputed_layer() + (self.rotary() if self.recompute == "full" else 0)
         if pp_rank < parallel.pp - 1:
             return kept + extra

@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from phi4r.configs.sections import RolloutConfig
-from phi4r.configs.stages import RLConfig, SFTConfig, vocab_rows
+from phi4r.configs.stages import RLConfig, SFTConfig, stage_layers, vocab_rows
 from phi4r.plan.activations import Activations, Kernels
-from phi4r.plan.states import BYTES, FP32, States, rank_chunks, rank_states, stage_layers
+from phi4r.plan.states import BYTES, FP32, States, rank_chunks, rank_elements, rank_states
 
 GIB = 2**30
 RUNTIME_GIB = 2.0
@@ -92,7 +92,7 @@ def kv_bytes(config: RLConfig, layers: int) -> int:
 def stage_memory(config: SFTConfig | RLConfig, pp_rank: int, kernels: Kernels | None = None) -> Memory:
     """`Memory` of the ranks of pipeline stage `pp_rank`."""
     model, parallel, chunk = config.model, config.parallel, config.train.logit_chunk_size
-    states = rank_states(model, parallel, pp_rank)
+    states = rank_states(model, parallel, pp_rank, optimizer=config.optimizer)
     activations = Activations(model, parallel, config.train, row_tokens(config), kernels)
     tokens, width, hidden = activations.tokens, activations.width, model.hidden_size
     is_last = pp_rank == parallel.pp - 1
@@ -106,7 +106,7 @@ def stage_memory(config: SFTConfig | RLConfig, pp_rank: int, kernels: Kernels | 
     # Backward of the MLP: gradients of the gate-up product and of what follows it, and one weight gradient.
     gradients = 4 * tokens * activations.ffn * width + 2 * tokens * hidden * width
     layer = gradients + 2 * activations.ffn * hidden * width
-    adam = FP32 * states.optimizer // (3 * FP32 if width < FP32 else 2 * FP32)  # one temporary per element
+    adam = FP32 * rank_elements(model, parallel, pp_rank)[1]  # one temporary per element
     training = activations.peak(pp_rank, num_microbatches(config)) + head + layer
     working = layer + max(0, adam - training)
     communication = 0
@@ -120,7 +120,7 @@ def stage_memory(config: SFTConfig | RLConfig, pp_rank: int, kernels: Kernels | 
     if isinstance(config, RLConfig):
         chunks = rank_chunks(model, parallel, pp_rank)
         reference = width * sum(sum(weights) for weights in chunks)
-        layers = sum(stage_layers(model.num_layers, parallel.pp, parallel.vpp)[pp_rank])
+        layers = sum(stage_layers(model.num_layers, parallel)[pp_rank])
         if config.rollout.engine == RolloutConfig().engine:
             kv = kv_bytes(config, layers)
     return Memory(
@@ -141,10 +141,12 @@ def stage_memory(config: SFTConfig | RLConfig, pp_rank: int, kernels: Kernels | 
 def worst_stage(config: SFTConfig | RLConfig, kernels: Kernels | None = None) -> Memory:
     """The stage that needs the most memory. `model.vocab_size` must be known.
 
-    Stages between the second and the last are like the second with less in flight, so three are looked at.
+    Stages between the second and the last are like the second with less in flight, so three are looked at
+    unless `parallel.stage_layers` makes them differ.
     """
     last = config.parallel.pp - 1
+    ranks = range(last + 1) if config.parallel.stage_layers else sorted({0, min(1, last), last})
     return max(
-        (stage_memory(config, rank, kernels) for rank in sorted({0, min(1, last), last})),
+        (stage_memory(config, rank, kernels) for rank in ranks),
         key=lambda memory: memory.total,
     )

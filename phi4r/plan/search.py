@@ -101,7 +101,8 @@ def search(config: SFTConfig | RLConfig, cluster: Cluster, work: Work) -> Search
     degrees, refused = legal_tp(config, cluster)
     found = Search(refused=refused)
     for cut in cuts(config, cluster, degrees):
-        parallel = dataclasses.replace(config.parallel, **cut, overlap=cut["dp"] * cut["cp"] > 1)
+        overlap = cut["dp"] * cut["cp"] > 1
+        parallel = dataclasses.replace(config.parallel, **cut, stage_layers="", overlap=overlap)
         try:
             legal = dataclasses.replace(config, parallel=parallel)
         except ConfigError as error:

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from phi4r.configs.stages import RLConfig, SFTConfig
+from phi4r.configs.stages import RLConfig, SFTConfig, stage_layers
 from phi4r.plan.activations import Activations
 from phi4r.plan.hardware import NETWORK_GB_S, NVLINK_GB_S, PRODUCT_EFFICIENCY, Rates
 from phi4r.plan.memory import num_microbatches, row_tokens
-from phi4r.plan.states import BYTES, FP32, rank_states, stage_layers
+from phi4r.plan.states import BYTES, rank_elements, rank_states
 
 BACKWARD_ATTENTION = 2.5
 """FLOPs of attention's backward, in forwards."""
@@ -25,6 +25,8 @@ HEAD_PRODUCTS = 3
 """Products of the size of the logits: the logits themselves, and two gradients."""
 ADAM_BYTES = 30
 """Bytes moved per element of optimizer state: gradient, moments, master weights, weights."""
+HOST_GB_S = 25.0
+"""What a rank's AdamW in host memory moves (estimate: a socket's memory shared by four ranks)."""
 DECODE_LAYER_S = 1.5e-4
 """Time of launching one layer of a decoding step, eager (estimate)."""
 PROMPT_SHARE = 0.25
@@ -120,7 +122,7 @@ def step_time(config: SFTConfig | RLConfig, rates: Rates, gpus_per_node: int, wo
     tp_backward = (3 if p.sp else 2) * tp_volume
     cp_volume = (p.cp - 1) / p.cp * 2 * row * kept.kv * width / _link(p.tp * p.cp, gpus_per_node)
 
-    layers = max(sum(chunks) for chunks in stage_layers(model.num_layers, p.pp, p.vpp))
+    layers = max(sum(chunks) for chunks in stage_layers(model.num_layers, p))
     per_layer = microbatches * layers
     recomputed = {
         "none": 0.0,
@@ -145,9 +147,9 @@ def step_time(config: SFTConfig | RLConfig, rates: Rates, gpus_per_node: int, wo
     }
     forward = layers * (products + forward_attention + moved + tp_forward + cp_volume)
     parts["data_parallel"] = _data_parallel(config, gpus_per_node, forward, stage - forward)
-    states = rank_states(model, p)
-    per_element = 3 * FP32 if width < FP32 else 2 * FP32
-    parts["optimizer"] = ADAM_BYTES * states.optimizer / per_element / copy
+    offloaded = config.optimizer.offload
+    moved_bytes = ADAM_BYTES * rank_elements(model, p)[1]
+    parts["optimizer"] = moved_bytes * ((1 - offloaded) / copy + offloaded / (HOST_GB_S * 1e9))
     parts["generation"] = parts["reference_pass"] = 0.0
     if isinstance(config, RLConfig):
         passes = 2 if config.objective.updates_per_rollout > 1 else 1

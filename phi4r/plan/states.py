@@ -16,8 +16,8 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from phi4r.configs.sections import ModelConfig, ParallelConfig
-from phi4r.configs.stages import uneven_stages, vocab_rows
+from phi4r.configs.sections import ModelConfig, OptimizerConfig, ParallelConfig
+from phi4r.configs.stages import stage_layers, vocab_rows
 
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2}
 """Bytes of one value of `model.dtype`. Gradients and optimizer state are fp32, or fp64 with an fp64 model."""
@@ -42,16 +42,6 @@ class States:
         return self.parameters + self.gradients + self.optimizer
 
 
-def stage_layers(num_layers: int, pp: int, vpp: int = 1) -> list[list[int]]:
-    """Decoder layers of every chunk: [pipeline rank][virtual stage]. Only plain pipelines may be uneven."""
-    if pp == 1 or num_layers % (pp * vpp) == 0:
-        return [[num_layers // (pp * vpp)] * vpp for _ in range(pp)]
-    assert vpp == 1, "check_layout refuses uneven virtual stages"
-    first, last = uneven_stages(num_layers, pp)
-    middle = (num_layers - first - last) // max(1, pp - 2)
-    return [[first], *([middle] for _ in range(pp - 2)), [last]]
-
-
 def layer_weights(model: ModelConfig, tp: int) -> list[int]:
     """numel of one layer's parameters, in megatron-core's order: norm, output projection, QKV, norm, gate and
     up, down."""
@@ -72,7 +62,7 @@ def chunk_weights(model: ModelConfig, tp: int, num_layers: int, *, first: bool, 
 
 def rank_chunks(model: ModelConfig, parallel: ParallelConfig, pp_rank: int) -> list[list[int]]:
     """`chunk_weights` of every virtual stage of a pipeline rank."""
-    layers = stage_layers(model.num_layers, parallel.pp, parallel.vpp)[pp_rank]
+    layers = stage_layers(model.num_layers, parallel)[pp_rank]
     last_rank = parallel.pp - 1
     return [
         chunk_weights(
@@ -139,14 +129,20 @@ def lay_out(weights: list[int], shards: int, bucket_size: int | None) -> Buffer:
     return Buffer(end, tuple(parameters), tuple(buckets))
 
 
-@lru_cache(maxsize=4096)
-def rank_states(model: ModelConfig, parallel: ParallelConfig, pp_rank: int = 0, shard: int = 0) -> States:
-    """What rank (`pp_rank`, `shard` of dp x cp) holds after its first optimizer step. Adam's step counters
-    (one number per parameter) are not counted."""
+def bytes_per_element(model: ModelConfig, optimizer: OptimizerConfig) -> int:
+    """Optimizer state of one weight: two moments, and the master weight beside bf16."""
     width = BYTES[model.dtype]
+    moment = BYTES["bf16"] if optimizer.moments == "bf16" else max(width, FP32)
+    return 2 * moment + (FP32 if width < FP32 else 0)
+
+
+@lru_cache(maxsize=4096)
+def rank_elements(
+    model: ModelConfig, parallel: ParallelConfig, pp_rank: int = 0, shard: int = 0
+) -> tuple[int, int]:
+    """(elements of the buffers of weights and of gradients, elements with optimizer state) of rank
+    (`pp_rank`, `shard` of dp x cp)."""
     shards = parallel.dp * parallel.cp
-    wide = max(width, FP32)
-    per_element = 2 * wide + (FP32 if width < FP32 else 0)  # two moments, and master weights beside bf16
     numel = owned = 0
     for stage, weights in enumerate(rank_chunks(model, parallel, pp_rank)):
         if not parallel.distributed_optimizer:
@@ -159,4 +155,21 @@ def rank_states(model: ModelConfig, parallel: ParallelConfig, pp_rank: int = 0, 
         buffer = lay_out(weights, shards, size)
         numel += buffer.numel
         owned += buffer.owned(shards, shard)
-    return States(numel * width, numel * wide, owned * per_element)
+    return numel, owned
+
+
+def rank_states(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    pp_rank: int = 0,
+    shard: int = 0,
+    optimizer: OptimizerConfig | None = None,
+) -> States:
+    """What rank (`pp_rank`, `shard` of dp x cp) holds after its first optimizer step. Adam's step counters
+    (one number per parameter) are not counted, nor what `optimizer.offload` puts into host memory (which is
+    cut by whole parameters: to about the size of one)."""
+    optimizer = optimizer or OptimizerConfig()
+    numel, owned = rank_elements(model, parallel, pp_rank, shard)
+    width = BYTES[model.dtype]
+    state = owned * bytes_per_element(model, optimizer)
+    return States(numel * width, numel * max(width, FP32), round(state * (1 - optimizer.offload)))

@@ -190,10 +190,11 @@ def sharded_state(chunks: Sequence[nn.Module], optimizer: Any | None, *, is_load
     }
     model = {
         f"model{index}": {
-            # Layers without transformer-engine say that they have an extra state, and it is None.
+            # Layers say that they have an extra state: None, or transformer-engine's, which our FP8 recipes
+            # leave empty. Without it any kind of layers loads a checkpoint.
             name: entry
             for name, entry in unwrap(chunk).sharded_state_dict(metadata=metadata).items()  # type: ignore[operator]
-            if not (isinstance(entry, ShardedObject) and entry.data is None)
+            if not isinstance(entry, ShardedObject)
         }
         for index, chunk in enumerate(chunks)
     }
@@ -230,9 +231,14 @@ def _parts(optimizer: Any) -> list[Any]:
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
+def _torch_parts(optimizer: Any) -> list[Any]:
+    """Those that step with torch's AdamW; transformer-engine's and offloaded ones need no work-round."""
+    return [part for part in _parts(optimizer) if isinstance(part.optimizer, torch.optim.AdamW)]
+
+
 def fill_adam_state(optimizer: Any) -> None:
     """Give every parameter of a fresh torch AdamW the state that its first step would make: zeros."""
-    for part in _parts(optimizer):
+    for part in _torch_parts(optimizer):
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
                 if not part.optimizer.state.get(parameter):
@@ -256,14 +262,14 @@ def set_states_without_step(optimizer: Any) -> None:
         for name, tensor in tensors.items():
             (main if name == "param" else state[name]).copy_(tensor)
 
-    for part in _parts(optimizer):
+    for part in _torch_parts(optimizer):
         if hasattr(part, "_set_main_param_and_optimizer_states"):
             part._set_main_param_and_optimizer_states = MethodType(set_states, part)
 
 
 def unshare_steps(optimizer: Any) -> None:
     """Give every parameter a `step` tensor of its own."""
-    for part in _parts(optimizer):
+    for part in _torch_parts(optimizer):
         for state in part.optimizer.state.values():
             state["step"] = state["step"].clone()
 

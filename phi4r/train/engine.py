@@ -21,7 +21,6 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -31,11 +30,12 @@ from torch import Tensor
 from phi4r.configs.sections import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from phi4r.data.balance import my_share
 from phi4r.data.packing import PackedRow
-from phi4r.model.gpt import DTYPES, Phi4Model, build_model
+from phi4r.model.gpt import Phi4Model, build_model
 from phi4r.model.packed import HeadRequest, PackedContext
 from phi4r.parallel import zigzag
 from phi4r.parallel.attempt import beat
 from phi4r.parallel.layout import Layout
+from phi4r.train.optimizer import megatron_settings
 
 RowTensors = dict[str, Tensor]
 """`loss_mask` and the extras of a row, each [T local] fp32."""
@@ -92,7 +92,7 @@ class Engine:
         optimizer: OptimizerConfig | None = None,
     ) -> None:
         self.model_config, self.layout, self.train = model, layout, train
-        self.models: list[Phi4Model] = build_model(model, parallel, recompute=train.recompute)
+        self.models: list[Phi4Model] = build_model(model, parallel, train)
         for chunk in self.models:
             chunk.to(layout.device)
         self.config = self.models[0].config
@@ -121,19 +121,7 @@ class Engine:
             if many:
                 self.config.grad_sync_func = [c.start_grad_sync for c in chunks]
         self.config.finalize_model_grads_func = finalize_model_grads
-        settings = MegatronOptimizerConfig(
-            optimizer="adam",
-            lr=optimizer.lr,
-            weight_decay=optimizer.weight_decay,
-            adam_beta1=optimizer.beta1,
-            adam_beta2=optimizer.beta2,
-            adam_eps=optimizer.eps,
-            clip_grad=optimizer.clip_grad,
-            use_distributed_optimizer=sharded,
-            overlap_param_gather=parallel.overlap and sharded,
-            bf16=self.config.bf16,
-            params_dtype=DTYPES[self.model_config.dtype],
-        )
+        settings = megatron_settings(self.model_config, parallel, optimizer)
         self.chunks = chunks
         self.optimizer = get_megatron_optimizer(settings, chunks, use_gloo_process_groups=False)
         self.config.grad_scale_func = self.optimizer.scale_loss
@@ -179,7 +167,8 @@ class Engine:
                 for part in parts:
                     parameters = part.get_parameters()
                     if parameters:
-                        clip_grad_by_total_norm_fp32(parameters, self.clip_grad, grad_norm)
+                        decoupled = part.config.use_precision_aware_optimizer
+                        clip_grad_by_total_norm_fp32(parameters, self.clip_grad, grad_norm, decoupled)
             self.optimizer.step_with_ready_grads()
         return grad_norm
 

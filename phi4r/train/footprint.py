@@ -38,6 +38,7 @@ def measured_states(engine: Engine) -> States:
         adam = part.optimizer
         tensors += [p.data for group in adam.param_groups for p in group["params"]]
         tensors += [v for state in adam.state.values() for name, v in state.items() if name != "step"]
+    tensors = [t for t in tensors if t.device.type == engine.layout.device.type]  # others are offloaded
     optimizer, _ = storage_bytes(tensors, weight_places | gradient_places)
     return States(weights, gradients, optimizer)
 
@@ -49,7 +50,7 @@ def record_memory(config: SFTConfig | RLConfig, engine: Engine, run_dir: Path) -
     layout = engine.layout
     known = dataclasses.replace(config, model=engine.model_config)
     shard = dist.get_rank(engine.chunks[0].dp_cp_group)
-    planned = rank_states(known.model, known.parallel, layout.pp_rank, shard)
+    planned = rank_states(known.model, known.parallel, layout.pp_rank, shard, known.optimizer)
     mine: dict[str, Any] = {
         "rank": layout.rank,
         "planned": dataclasses.asdict(planned),

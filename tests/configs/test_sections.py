@@ -87,6 +87,7 @@ def test_a_vocabulary_too_small_for_its_ranks_is_refused() -> None:
 
 
 # What is refused: how to make it, the key that is named, and a piece of the reason.
+FP8 = TrainConfig(layers="transformer_engine", fp8="tensorwise")
 REFUSED: list[tuple[Any, str, str]] = [
     (lambda: ModelConfig(num_layers=0), "model.num_layers", "greater than 0"),
     (lambda: ModelConfig(head_dim=31), "model.head_dim", "even"),
@@ -133,6 +134,52 @@ REFUSED: list[tuple[Any, str, str]] = [
     ),
     (lambda: SFTConfig(data=DataConfig(seq_length=1024)), "data.seq_length", "max_position_embeddings (512)"),
     (lambda: RLConfig(rollout=RolloutConfig(group_size=1)), "rollout.group_size", "at least 2"),
+    (lambda: ParallelConfig(pp=2, stage_layers="2,1,1"), "parallel.stage_layers", "2 numbers of at least 1"),
+    (lambda: ParallelConfig(pp=2, stage_layers="3,0"), "parallel.stage_layers", "got '3,0'"),
+    (lambda: ParallelConfig(pp=2, stage_layers="two,one"), "parallel.stage_layers", "got 'two,one'"),
+    (
+        lambda: SFTConfig(parallel=ParallelConfig(pp=2, stage_layers="2,2")),
+        "parallel.stage_layers",
+        "2,2 are 4 layers, and model.num_layers is 3",
+    ),
+    (lambda: OptimizerConfig(offload=1.5), "optimizer.offload", "between 0 and 1"),
+    (lambda: OptimizerConfig(offload=0.5, moments="bf16"), "optimizer.moments", "must be fp32"),
+    (lambda: SFTConfig(optimizer=OptimizerConfig(offload=0.5)), "optimizer.offload", "model.dtype = bf16"),
+    (lambda: SFTConfig(optimizer=OptimizerConfig(moments="bf16")), "optimizer.moments", "model.dtype = bf16"),
+    (
+        lambda: RLConfig(
+            model=ModelConfig(dtype="bf16"),
+            optimizer=OptimizerConfig(moments="bf16"),
+            parallel=ParallelConfig(distributed_optimizer=False),
+        ),
+        "optimizer.moments",
+        "parallel.distributed_optimizer = true",
+    ),
+    (lambda: TrainConfig(fp8="tensorwise"), "train.fp8", "needs train.layers = transformer_engine"),
+    (lambda: SFTConfig(train=FP8), "train.fp8", "needs model.dtype = bf16, which is fp32"),
+    (
+        lambda: SFTConfig(train=FP8, model=ModelConfig(dtype="bf16", ffn_hidden_size=440)),
+        "model.ffn_hidden_size",
+        "this gives 440",
+    ),
+    (
+        lambda: SFTConfig(
+            train=FP8, model=ModelConfig(dtype="bf16", head_dim=8), parallel=ParallelConfig(tp=2)
+        ),
+        "model.head_dim",
+        "at parallel.tp = 2 this gives 8",
+    ),
+    (
+        lambda: SFTConfig(
+            train=FP8,
+            model=ModelConfig(dtype="bf16"),
+            data=DataConfig(seq_length=48),
+            parallel=ParallelConfig(cp=2),
+        ),
+        "data.seq_length",
+        "gives 24",
+    ),
+    (lambda: RLConfig(train=FP8, model=ModelConfig(dtype="bf16")), "train.fp8", "is for SFT"),
     (lambda: RLConfig(rollout=RolloutConfig(top_p=0.9)), "rollout.top_p", "biases the ratio"),
     (lambda: RLConfig(rollout=RolloutConfig(top_k=50)), "rollout.top_k", "biases the ratio"),
     (lambda: RLConfig(rollout=RolloutConfig(max_new_tokens=500)), "rollout.max_new_tokens", "564"),

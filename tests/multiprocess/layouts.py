@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ class Case:
     dtype: str = "fp32"
     recompute: str = "none"
     bug: str = ""
+    num_layers: int = 4
 
     @property
     def name(self) -> str:
@@ -59,6 +60,7 @@ class Case:
             self.dtype,
             self.recompute,
             self.bug,
+            f"{self.num_layers} layers" if self.num_layers != 4 else "",
         ]
         return "-".join(p for p in parts if p and p not in ("none", "fp32"))
 
@@ -79,6 +81,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2sp_pp2": {"tp": 2, "sp": True, "pp": 2},
     "pp3": {"pp": 3},
     "pp4": {"pp": 4},
+    "pp2_uneven": {"pp": 2, "stage_layers": "3,1"},
 }
 FP64_LAYOUTS = ("tp1", "tp2sp", "pp2", "cp2", "dp2distopt", "tp2pp2")
 GRPO_LAYOUTS = ("tp1", "tp2", "tp2sp", "pp2", "pp2vpp2", "cp2", "dp2distopt", "tp2pp2", "tp2cp2")
@@ -104,6 +107,8 @@ def cases() -> list[Case]:
     ]
     matrix += [
         Case("pp4", LAYOUTS["pp4"]),
+        Case("tp1", num_layers=6),
+        Case("pp2vpp2_uneven", {"pp": 2, "vpp": 2, "stage_layers": "2,2,1,1"}, num_layers=6),
         Case("pp4", LAYOUTS["pp4"], bug="middle_stages_lose_cu_seqlens"),
         Case("dp2distopt", LAYOUTS["dp2distopt"], bug="loss_averaged_per_microbatch"),
         Case("tp1", {}, bug="loss_averaged_per_microbatch"),
@@ -166,7 +171,7 @@ def train(case: Case) -> dict[str, list[float]]:
     """Losses and gradient norms of a few optimizer steps of `case`, from the same weights in every layout."""
     parallel = ParallelConfig(**case.parallel)
     layout = init_layout(parallel)
-    model = ModelConfig(**{**MODEL.__dict__, "dtype": case.dtype})
+    model = replace(MODEL, dtype=case.dtype, num_layers=case.num_layers)  # type: ignore[arg-type]
     kind = LosesDocuments if case.bug == "middle_stages_lose_cu_seqlens" else Engine
     settings = TrainConfig(recompute=case.recompute, logit_chunk_size=24)  # type: ignore[arg-type]
     engine = kind(model, parallel, layout, settings, OPTIMIZER)

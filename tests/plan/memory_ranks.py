@@ -18,7 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from phi4r.configs.sections import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from phi4r.configs.stages import check_layout
 from phi4r.data.packing import Document, PackedRow, pack
+from phi4r.errors import ConfigError
 from phi4r.model.names import load_weights, random_weights
 from phi4r.parallel.layout import init_layout
 from phi4r.train.engine import Engine, sft_loss
@@ -31,6 +33,14 @@ SHAPES: dict[str, dict[str, Any]] = {
                 head_dim=10, vocab_size=70, max_position_embeddings=2048),
 }  # fmt: skip
 ROWS = 4
+
+
+def name_of(parallel: dict[str, Any]) -> str:
+    """`tp2_sp1`."""
+    return (
+        "_".join(f"{key}{v}".replace("True", "1").replace("False", "0") for key, v in parallel.items())
+        or "one"
+    ).replace(",", "-")
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        layout = "_".join(f"{key}{int(value)}" for key, value in self.parallel.items()) or "one"
+        layout = name_of(self.parallel)
         return "-".join(
             [layout, self.shape, self.dtype, str(self.length), self.recompute]
             + ([self.attention] if self.attention != "auto" else [])
@@ -76,6 +86,8 @@ LAYOUTS: list[dict[str, Any]] = [
     {"tp": 2, "sp": True},
     {"pp": 2},
     {"pp": 2, "vpp": 2},
+    {"pp": 2, "stage_layers": "3,1"},
+    {"pp": 2, "vpp": 2, "stage_layers": "2,2,1,1"},
     {"cp": 2},
     {"dp": 2},
     {"dp": 2, "distributed_optimizer": False},
@@ -86,16 +98,17 @@ LAYOUTS: list[dict[str, Any]] = [
 ]
 
 
-LAYOUT_NAMES = ", ".join(
-    "_".join(f"{key}{int(value)}" for key, value in layout.items()) or "one" for layout in LAYOUTS
-).replace("distributed_optimizer0", "plain")
+LAYOUT_NAMES = ", ".join(map(name_of, LAYOUTS)).replace("distributed_optimizer0", "plain")
 
 
 def is_valid(case: Case) -> bool:
     """Whether the shape can be cut so."""
     layout = case.layout
-    even = layout.vpp == 1 or case.model.num_layers % (layout.pp * layout.vpp) == 0
-    return even and case.length % layout.row_multiple == 0 and ROWS % layout.dp == 0
+    try:
+        check_layout(case.model, layout)
+    except ConfigError:
+        return False
+    return case.length % layout.row_multiple == 0 and ROWS % layout.dp == 0
 
 
 def cases() -> list[Case]:

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from phi4r.configs.sections import ParallelConfig
+from phi4r.configs.stages import stage_layers
 from phi4r.parallel.launch import run_ranks
 from phi4r.plan.activations import Activations, cpu_kernels
-from phi4r.plan.states import rank_states, stage_layers
+from phi4r.plan.states import rank_states
 from tests.plan import memory_ranks
 
 pytestmark = pytest.mark.multiprocess
@@ -71,6 +73,9 @@ def test_saved_activations_are_predicted_within_a_tenth(results: Results, case: 
 
 
 def test_layers_are_dealt_to_stages_as_they_are_built() -> None:
-    assert stage_layers(40, 4) == [[10]] * 4
-    assert stage_layers(40, 2, 4) == [[5] * 4] * 2
-    assert stage_layers(4, 3) == [[2], [1], [1]]
+    assert stage_layers(40, ParallelConfig(pp=4)) == [[10]] * 4
+    assert stage_layers(40, ParallelConfig(pp=2, vpp=4)) == [[5] * 4] * 2
+    assert stage_layers(4, ParallelConfig(pp=3)) == [[2], [1], [1]]
+    assert stage_layers(40, ParallelConfig(pp=4, stage_layers="11,10,10,9")) == [[11], [10], [10], [9]]
+    uneven = ParallelConfig(pp=2, vpp=2, stage_layers="11,10,10,9")
+    assert stage_layers(40, uneven) == [[11, 10], [10, 9]]

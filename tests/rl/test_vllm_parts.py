@@ -35,7 +35,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The weights of a model in training, as a Hugging Face folder."""
     folder = tmp_path_factory.mktemp("export") / "v_000000"
     layout = init_layout(ParallelConfig())
-    models = build_model(MODEL, ParallelConfig(), recompute="none")
+    models = build_model(MODEL, ParallelConfig())
     load_weights(models, MODEL, random_weights(MODEL, 7), 0, 1)
     export_live(models, MODEL, layout, folder, (3,), None)
     return folder
