@@ -434,7 +434,7 @@ _command(
     "  phi4r launch eval /shared/runs/rl modchain --array 10 --runs 5 --run-dir /shared/runs/eval",
 )(launch)
 _command(
-    "serve", "  phi4r serve phi4_grpo --run-dir /shared/runs/rl --vllm.options '--tensor-parallel-size 2'"
+    "serve", "  phi4r serve phi4_grpo --run-dir /shared/runs/rl --vllm.options='--tensor-parallel-size 2'"
 )(serve)
 _command("status", "  phi4r status\n  phi4r status /shared/runs/sft")(status)
 _command("logs", "  phi4r logs /shared/runs/sft -f\n  phi4r logs /shared/runs/sft --rank 17")(logs)

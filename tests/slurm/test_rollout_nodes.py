@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
 from pathlib import Path
 
 import httpx
@@ -13,7 +16,7 @@ from phi4r import optional
 from phi4r.errors import UserError
 from phi4r.rl.vllm.registry import Announcement, Registry
 from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import Site, history, story, wait_in_run
+from tests.slurm.jobs import Site, history, rank_pid, story, wait_in_run
 
 pytestmark = [pytest.mark.slurm, pytest.mark.vllm, pytest.mark.timeout(1500)]
 
@@ -119,3 +122,20 @@ def test_trainer_and_vllm_nodes_in_one_job_save_requeue_and_go_on(site: Site) ->
     logs = [path for path in run.rglob("*") if path.is_file() and path.name != "key"]
     contents = {path: path.read_bytes() for path in logs}
     assert not [path for path, text in contents.items() if key.encode() in text or new_key.encode() in text]
+
+
+def test_a_killed_rank_starts_again_with_new_servers_and_scancel_ends_them(site: Site) -> None:
+    run, cluster = site.folder / "run", site.cluster
+    steps = ("--train.num_steps", 4000, "--checkpoint.every", 1)
+    job = site.launch("rl", *RL, *steps, "--rollout-nodes", 1, "--run-dir", run)
+    _, key = server_of(site, run)
+    wait_in_run(site, run, "a checkpoint", lambda: list((run / "checkpoints").glob("step_*")), WAIT_S)
+    os.kill(rank_pid(run, 0), signal.SIGKILL)
+    server_of(site, run, other_than=key)
+    again = f"logs/{job}.0.1/rank_00000.log"
+    wait_in_run(site, run, "a step", lambda: re.search(r"^rl \d+/", (run / again).read_text(), re.M), WAIT_S)
+    ((how, why),) = history(run)
+    assert (how, "task 0: Killed" in why) == ("lost", True), why
+    cluster.run("scancel", job)
+    assert cluster.wait(job)["JobState"] == "CANCELLED", story(run)
+    cluster.wait_for("the end of the server", lambda: not is_served(run), 60)
