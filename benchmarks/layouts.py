@@ -39,7 +39,10 @@ def compare(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> dict
         raise ValueError(f"{len(found)} steps against {len(expected)}: one of the runs is not whole")
     pairs = list(zip(found, expected, strict=True))
     largest, step = max((abs(ours["loss"] - theirs["loss"]), ours["step"]) for ours, theirs in pairs)
-    norm = max(abs(ours["grad_norm"] / theirs["grad_norm"] - 1) for ours, theirs in pairs)
+    norm = max(
+        abs(ours["grad_norm"] - theirs["grad_norm"]) / (theirs["grad_norm"] or 1.0)  # 0: a step left out
+        for ours, theirs in pairs
+    )
     return {
         "steps": len(pairs),
         "loss_difference": f"{largest:.1e}",
