@@ -41,11 +41,52 @@ def test_the_quick_start_table_is_what_the_rows_say() -> None:
     assert lines == [quickstart_line(row) for row in newest]
 
 
-def test_the_native_speed_ups_are_what_the_rows_say() -> None:
-    ratios = {(row["op"], row["size"]): row["ratio"] for row in rows("native")}
-    packing = re.search(r"packing 25,600 documents is ([\d.]+)\s+times faster", README)
-    counting = re.search(r"of 31,744\s+tokens ([\d.]+)\s+times", README)
-    assert packing is not None
-    assert counting is not None
-    assert packing[1] == ratios["pack_ffd", "25600"]
-    assert counting[1] == ratios["ngram_repetition", "31744"]
+def measured_lines() -> list[str]:
+    """The README's lines of measured ratios, from the newest row of each comparison."""
+    native = {(row["op"], row["size"]): row for row in rows("native")}
+    data = {row["impl"]: row for row in rows("data")}
+    loader = {(row["what"], row["size"]): row for row in rows("loader")}
+    rollout = {row["impl"]: row for row in rows("rollout")}
+    packing, counting = native["pack_ffd", "25600"], native["ngram_repetition", "31744"]
+    full = {name: float(data[name]["efficiency"]) for name in ("ffd", "next_fit", "one_per_row")}
+    read = loader["read", "4096"]
+    ours, theirs = rollout["embedded_128_slots"], rollout["transformers"]
+    rates = [float(row["tokens_per_second"]) for row in (ours, theirs)]
+
+    def link(name: str) -> str:
+        return f"[{name}](benchmarks/results/{name}.csv)"
+
+    def millions(text: str) -> str:
+        return f"{float(text) / 1e6:.1f}M tokens/s"
+
+    cells = [
+        ("packing 25,600 documents", "C++", "its Python twin", f"{packing['ratio']}x faster", "native"),
+        ("n-grams of 31,744 tokens", "C++", "its Python twin", f"{counting['ratio']}x faster", "native"),
+        ("rows of 32,768 tokens, long traces", f"{full['ffd']:.1%} full",
+         f"in order: {full['next_fit']:.1%}; one document a row: {full['one_per_row']:.1%}",
+         f"{full['ffd'] / full['next_fit']:.2f}x; {full['ffd'] / full['one_per_row']:.1f}x", "data"),
+        ("reading shards, shuffled, one core", millions(read["tokens_per_s"]),
+         f"50 times what a node of 8 H100s trains: {millions(read['needed_per_s'])}",
+         f"{float(read['ratio']):.0f}x", "loader"),
+        ("sampling 128 answers of 32 tokens, tiny, one core", f"{rates[0]:,.0f} tokens/s",
+         f"transformers' generate: {rates[1]:,.0f}", f"{rates[0] / rates[1]:.2f}x", "rollout"),
+    ]  # fmt: skip
+    return [
+        f"| {what} | {ours} | {instead} | {ratio} | {link(name)} |"
+        for what, ours, instead, ratio, name in cells
+    ]
+
+
+def test_the_measured_ratios_are_what_the_rows_say() -> None:
+    table = re.search(r"<!-- measured -->\n(.*?)<!-- /measured -->", README, flags=re.DOTALL)
+    assert table is not None
+    assert table[1].splitlines()[2:] == measured_lines()
+
+
+def test_the_differences_between_layouts_are_what_the_rows_say() -> None:
+    newest = {(row["stage"], row["layout"]): row for row in rows("layouts") if not row["settings"]}
+    assert set(newest) == {(stage, layout) for stage in ("sft", "rl") for layout in ("tp 2", "pp 2")}
+    for (stage, layout), row in newest.items():
+        name = {"sft": "SFT", "rl": "GRPO"}[stage]
+        assert f"{row['loss_difference']} ({name}, {layout})" in " ".join(README.split())
+        assert float(row["loss_difference"]) <= 1e-4
