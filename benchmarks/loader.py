@@ -7,8 +7,10 @@ documents built), workers, seconds, tokens_per_s, needed_per_s (50 times the tok
 anchors give a node of 8 H100 for the paper's SFT), ratio = tokens_per_s / needed_per_s, peak_mib (largest
 resident set of the process). One process on one core does all of it, for a whole node: on a node each
 data-parallel rank makes its own share. "read": every array of every row, in shuffled order; "sequence": the
-same through the prefetching thread; "cold": as "sequence", once, with the files dropped from the page cache
-first, so that the disk is read. The other figures are the best of three, with the files in the page cache.
+same through the prefetching thread; "dali": the same through `phi4r.data.dali` with `--workers` processes
+beside this one, where DALI is installed; "cold": as "sequence", once, with the files dropped from the page
+cache first, so that the disk is read. The other figures are the best of three, with the files in the page
+cache.
 `--build N` also builds shards from N short synthetic rows.
 """
 
@@ -22,12 +24,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.rows import append_rows, provenance
+from phi4r import optional
+from phi4r.data.dali import DaliLoader
 from phi4r.data.loader import Loader, row_at
 from phi4r.data.shards import FORMAT, INDEX, ShardRow, ShardRows, shard_paths, write_array
 from phi4r.io import atomic_write_json
@@ -82,14 +88,15 @@ def read(rows: ShardRows) -> float:
     return time.perf_counter() - began
 
 
-def through_loader(rows: ShardRows, per_step: int = 32) -> float:
-    """Seconds to take every row once from the prefetching loader."""
+def through_loader(rows: ShardRows, kind: Callable[..., Any] = Loader, per_step: int = 32) -> float:
+    """Seconds to take every row once from a loader, its start left out."""
     steps = len(rows) // per_step
-    began = time.perf_counter()
-    with Loader(rows, seed=0, stream=0, rows_per_step=per_step, first_step=0, last_step=steps) as loader:
+    with kind(rows, seed=0, stream=0, rows_per_step=per_step, first_step=0, last_step=steps) as loader:
+        began = time.perf_counter()
         for _ in range(steps):
             loader.next()
-    return (time.perf_counter() - began) * len(rows) / (steps * per_step)
+        seconds = time.perf_counter() - began
+    return seconds * len(rows) / (steps * per_step)
 
 
 def drop_pages(folder: Path) -> None:
@@ -152,17 +159,20 @@ def main() -> int:
     if options.rows:
         with tempfile.TemporaryDirectory() as name:
             write_shards(Path(name) / "shards", options.rows)
-            for what, function, times in (
-                ("read", read, 3),
-                ("sequence", through_loader, 3),
-                ("cold", cold, 1),
-            ):
+            ways: list[tuple[str, Callable[[ShardRows], float], int]] = [
+                ("read", read, 3), ("sequence", through_loader, 3), ("cold", cold, 1),
+            ]  # fmt: skip
+            if optional.available("nvidia.dali"):
+                kind = partial(DaliLoader, workers=options.workers)
+                ways.insert(2, ("dali", partial(through_loader, kind=kind), 3))
+            for what, function, times in ways:
                 rows = ShardRows(Path(name) / "shards")
                 seconds = min(function(rows) for _ in range(times))
                 rate = len(rows) * LENGTH / seconds
                 found.append(
                     {
-                        "what": what, "size": len(rows), "workers": 1, "seconds": f"{seconds:.3f}",
+                        "what": what, "size": len(rows),
+                        "workers": options.workers if what == "dali" else 1, "seconds": f"{seconds:.3f}",
                         "tokens_per_s": f"{rate:.0f}", "needed_per_s": f"{needed:.0f}",
                         "ratio": f"{rate / needed:.2f}", "peak_mib": f"{peak_mib():.0f}",
                     }

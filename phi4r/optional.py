@@ -47,7 +47,7 @@ TABLE: dict[str, Optional] = {
         Optional(
             "nvidia.dali",
             "nvidia-dali-cuda130",
-            "data loading (a later version)",
+            "data.loader = dali",
             "pip install 'phi4r[dali]'",
         ),
         Optional(
@@ -84,7 +84,8 @@ def require(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        missing = isinstance(error, ModuleNotFoundError) and error.name == name.split(".")[0]
+        # "nvidia" alone may be there: other packages share the name
+        missing = isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}.")
         what = "is not installed" if missing else f"cannot be imported ({error})"
         raise UserError(
             f"{entry.purpose} needs {entry.distribution}, which {what}: {entry.install}"

@@ -205,6 +205,8 @@ class DataConfig:
     """Documents kept out of training to measure the evaluation loss (0: none)."""
     heldout_path: str = ""
     """A file or folder of its own for the evaluation loss, instead of holding documents out."""
+    loader: Literal["thread", "dali"] = "thread"
+    """What reads packed shards ahead: a thread, or NVIDIA DALI's worker processes (see docs/data.md)."""
 
     def __post_init__(self) -> None:
         at_least("data", self, num_generated=1, seq_length=8, heldout=0)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from types import TracebackType
 
@@ -34,6 +35,27 @@ def row_at(position: int, num_rows: int, seed: int, stream: int) -> int:
     """The row that the run's `position`-th sample is: the epochs' permutations, one after another."""
     epoch, place = divmod(position, num_rows)
     return int(_order(seed, stream, epoch, num_rows)[place])
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """Which rows a step has, and which of them are this data-parallel rank's: functions of the step."""
+
+    rows: Sequence[PackedRow]
+    seed: int
+    stream: int
+    rows_per_step: int
+    dp: int = 1
+    dp_rank: int = 0
+
+    def batch(self, step: int) -> tuple[list[PackedRow], list[int]]:
+        """(the rows of `step`, the same on all ranks; the indices of those of this rank). Nothing but their
+        documents' bounds is read of rows of a shard folder."""
+        first, count = step * self.rows_per_step, len(self.rows)
+        batch = [
+            self.rows[row_at(first + i, count, self.seed, self.stream)] for i in range(self.rows_per_step)
+        ]
+        return batch, my_share(batch, self.dp, self.dp_rank)
 
 
 class Loader:
@@ -61,13 +83,11 @@ class Loader:
     ) -> None:
         if not len(rows):
             raise ValueError("no rows to load")
-        self.rows, self.rows_per_step = rows, rows_per_step
+        self.order = StepRows(rows, seed, stream, rows_per_step, dp, dp_rank)
         self.first_step, self.last_step = first_step, last_step
         self._next_step, self.deadline_s = first_step, deadline_s
         self.wait_s = 0.0
         """Seconds that the last step's rows were waited for."""
-        self._row_at: Callable[[int], int] = lambda position: row_at(position, len(rows), seed, stream)
-        self._dp, self._dp_rank = dp, dp_rank
         self._queue: queue.Queue[list[PackedRow] | BaseException] = queue.Queue(maxsize=depth)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._fetch, name="loader", daemon=True)
@@ -84,9 +104,8 @@ class Loader:
 
     def batch(self, step: int) -> list[PackedRow]:
         """The rows of `step`; those of this rank have been read."""
-        first = step * self.rows_per_step
-        batch = [self.rows[self._row_at(first + i)] for i in range(self.rows_per_step)]
-        for index in my_share(batch, self._dp, self._dp_rank):
+        batch, mine = self.order.batch(step)
+        for index in mine:
             if isinstance(row := batch[index], ShardRow):
                 row.load()
         return batch

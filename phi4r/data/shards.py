@@ -100,13 +100,18 @@ def _counts(length: int) -> npt.NDArray[np.int64]:
 
 class ShardRow(PackedRow):
     """A row of a shard whose arrays are made when they are asked for: a rank that has no part in a row never
-    reads its tokens. `doc_index` counts the documents of the row from 0."""
+    reads its tokens. `doc_index` counts the documents of the row from 0. `placed`: arrays by name that a
+    loader has made tensors of already, where the training wants them."""
+
+    placed: dict[str, Any]
 
     def __init__(
         self, marked: npt.NDArray[np.int32], cu_seqlens: npt.NDArray[np.int32], filled: int, pad_id: int
     ) -> None:
         # A frozen dataclass refuses assignment; the arrays below are cached in __dict__ as well.
-        self.__dict__.update(_marked=marked, cu_seqlens=cu_seqlens, _filled=filled, _pad=pad_id, extras={})
+        self.__dict__.update(
+            _marked=marked, cu_seqlens=cu_seqlens, _filled=filled, _pad=pad_id, extras={}, placed={}
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         arrays = (self.input_ids, self.labels, self.loss_mask, self.position_ids)

@@ -253,18 +253,17 @@ class Engine:
     def _tensors(self, row: PackedRow) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """This CP rank's (input_ids, labels, position_ids, {loss_mask, extras}) of a row, on the device."""
         layout = self.layout
-        index = zigzag.local_index(len(row.input_ids), layout.cp, layout.cp_rank).numpy()
+        index = zigzag.local_index(int(row.cu_seqlens[-1]), layout.cp, layout.cp_rank)
+        placed: dict[str, Tensor] = getattr(row, "placed", {})
 
-        def local(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(array[index]).to(layout.device, non_blocking=True)
+        def local(name: str) -> Tensor:
+            if name in placed:
+                return placed[name][index.to(placed[name].device)].to(layout.device)
+            array = row.extras[name] if name in row.extras else getattr(row, name)
+            return torch.from_numpy(array[index.numpy()]).to(layout.device, non_blocking=True)
 
-        extras = {name: local(array) for name, array in row.extras.items()}
-        return (
-            local(row.input_ids),
-            local(row.labels),
-            local(row.position_ids),
-            {"loss_mask": local(row.loss_mask), **extras},
-        )
+        masks = {name: local(name) for name in ("loss_mask", *row.extras)}
+        return local("input_ids"), local("labels"), local("position_ids"), masks
 
     def _context(
         self,
@@ -279,7 +278,7 @@ class Engine:
         cu_seqlens = torch.from_numpy(row.cu_seqlens).to(self.layout.device)
         terms = {} if loss is None else loss.terms(tensors)
         if loss is not None and loss.spec.ratio == "sequence":
-            index = zigzag.local_index(len(row.input_ids), self.layout.cp, self.layout.cp_rank)
+            index = zigzag.local_index(int(row.cu_seqlens[-1]), self.layout.cp, self.layout.cp_rank)
             terms["sequences_T"] = torch.searchsorted(cu_seqlens[1:], index.to(cu_seqlens), right=True)
         head = HeadRequest(
             labels_T=labels,
@@ -298,7 +297,7 @@ class Engine:
             max_seqlen_q=row.max_seqlen,
             max_seqlen_kv=row.max_seqlen,
             position_ids=positions,
-            num_tokens=len(row.input_ids),
+            num_tokens=int(row.cu_seqlens[-1]),
             cp=self.layout.cp,
             cp_rank=self.layout.cp_rank,
             host_bounds=row.cu_seqlens.tolist(),
@@ -329,7 +328,7 @@ class Engine:
 
             return model(ids, context), loss_func
 
-        length = len(rows[0].input_ids)
+        length = int(rows[0].cu_seqlens[-1])
         reports = self._run_schedule(forward_step, [padded[i] for i in mine], length, backward=backward)
         return self._reduce(reports if self.layout.reports else [])
 

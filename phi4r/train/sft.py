@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from phi4r.configs.stages import SFTConfig
 from phi4r.console import say
+from phi4r.data.dali import DaliLoader
 from phi4r.data.loader import Loader
 from phi4r.data.packing import PackedRow
 from phi4r.data.sft_data import SFTData, build_sft_data, open_shards
@@ -44,9 +46,14 @@ def load_data(
     return data.train_rows, data.heldout_rows
 
 
-def open_loader(config: SFTConfig, rows: Sequence[PackedRow], layout: Layout, first_step: int) -> Loader:
+def open_loader(
+    config: SFTConfig, rows: Sequence[PackedRow], layout: Layout, first_step: int
+) -> Loader | DaliLoader:
     """The batches of the steps that are still to do."""
-    return Loader(
+    kind: Callable[..., Loader | DaliLoader] = Loader
+    if config.data.loader == "dali":
+        kind = partial(DaliLoader, gpu=layout.device.index)
+    return kind(
         rows,
         seed=config.seed,
         stream=SHUFFLE_STREAM,
