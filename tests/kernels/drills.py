@@ -131,7 +131,9 @@ def _table(part: str) -> tuple[str, dict[str, str], str]:
     begin, end = f"<!-- drills: {part} -->\n", "<!-- end -->"
     before, rest = README.read_text(encoding="utf-8").split(begin)
     table, after = rest.split(end, 1)
-    return before + begin, dict(re.findall(r"^\| (.+) \| (.+) \|$", table, re.MULTILINE)), end + after
+    header, *rows = re.findall(r"^\| (.+) \| (.+) \|$", table, re.MULTILINE)
+    assert header == ("planted", "seen by")
+    return before + begin, dict(rows), end + after
 
 
 def write(bug: Bug, cell: str) -> None:
