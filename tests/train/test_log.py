@@ -98,5 +98,5 @@ def test_wandb_works_offline_and_a_resumed_run_keeps_its_id(tmp_path: Path) -> N
     run_id = (tmp_path / "wandb_id").read_text().strip()
     runs = [entry.name for entry in (tmp_path / "wandb").iterdir() if entry.name.startswith("offline-run")]
     assert runs
-    assert all(name.endswith(run_id) for name in runs)
+    assert all(run_id in name for name in runs)  # wandb adds "-1" to a second run of the same second
     assert steps_in(tmp_path) == [1, 2]
