@@ -79,6 +79,25 @@ def test_a_requeue_in_mid_step_resumes_bit_for_bit(site: Site, uninterrupted: Pa
     assert rows(run) == rows(uninterrupted)
 
 
+def test_a_preempted_job_saves_goes_back_to_the_queue_and_resumes_bit_for_bit(
+    site: Site, uninterrupted: Path
+) -> None:
+    run, cluster = site.folder / "run", site.cluster
+    job = site.launch("sft", *TWO, "--nodes", 2, "--run-dir", run)
+    wait_for_step(site, run, 13)
+    fault = Fault(run, "preempted by a job of higher priority")
+    urgent = cluster.run(
+        "sbatch", "--parsable", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null",
+        "--wrap=sleep 1",
+    )  # fmt: skip
+    fault.wait_for_steps(site, WAIT_S)
+    assert cluster.wait(int(urgent))["JobState"] == "COMPLETED"
+    ended = cluster.wait(job, seconds=WAIT_S)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), story(run)
+    assert history(run)[0] == ("stopped", "saved after a signal (time limit or preemption)"), story(run)
+    assert rows(run) == rows(uninterrupted)
+
+
 def test_a_killed_rank_is_named_and_the_run_goes_on_in_the_same_allocation(
     site: Site, uninterrupted: Path
 ) -> None:
