@@ -253,6 +253,7 @@ def publish(run_dir: str | Path, step: int, temporary: Path, retention: Retentio
 
 def reveal(run_dir: str | Path, step: int, temporary: Path) -> Path:
     """Give a whole checkpoint its name and point `latest` at it."""
+    assert (temporary / MANIFEST).is_file(), "a checkpoint without its manifest is not whole"
     folder = checkpoints_folder(run_dir)
     final, aside = folder / step_name(step), folder / f".old-{step_name(step)}"
     if aside.exists():

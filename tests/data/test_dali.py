@@ -9,15 +9,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from phi4r import optional
 from phi4r.cli import main
+from phi4r.configs.sections import ModelConfig, ParallelConfig, TrainConfig
 from phi4r.data import build
 from phi4r.data.dali import NAMES, DaliLoader
 from phi4r.data.loader import Loader
 from phi4r.data.packing import PackedRow
-from phi4r.data.shards import ShardRows
+from phi4r.data.shards import ShardRow, ShardRows
 from phi4r.errors import UserError
+from phi4r.model.names import load_weights, random_weights
+from phi4r.parallel.layout import init_layout
+from phi4r.train.engine import Engine
 from tests.data import corpus
 
 has_dali = optional.available("nvidia.dali")
@@ -94,6 +99,21 @@ def test_sft_gives_the_same_losses_through_dali(shards: Path, tmp_path: Path) ->
     assert len({row["loss"] for row in ours}) == 3
     for name in ("loss", "grad_norm", "num_valid_tokens"):
         assert [row[name] for row in theirs] == [row[name] for row in ours]
+
+
+def test_the_engine_takes_what_a_loader_has_placed(shards: Path) -> None:
+    model = ModelConfig(num_layers=1, hidden_size=32, ffn_hidden_size=64, head_dim=8, vocab_size=512)
+    engine = Engine(model, ParallelConfig(), init_layout(ParallelConfig()), TrainConfig())
+    load_weights(engine.models, model, random_weights(model, 1), 0, 1)
+    row = ShardRows(shards)[0]
+    assert isinstance(row, ShardRow)
+    before = engine.evaluate([row])
+    assert before.count == row.loss_mask.sum() > 2
+    row.placed["loss_mask"] = torch.from_numpy(row.loss_mask) * 0
+    row.placed["loss_mask"][int(row.loss_mask.argmax())] = 1
+    assert engine.evaluate([row]).count == 1
+    row.placed["labels"] = (torch.from_numpy(row.labels) + 1) % 512
+    assert engine.evaluate([row]).loss != before.loss
 
 
 @needs_dali

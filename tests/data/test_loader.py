@@ -28,9 +28,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def loaded(rows: Sequence[PackedRow], first: int, last: int, **options: Any) -> list[list[PackedRow]]:
-    with Loader(
-        rows, seed=5, stream=2, rows_per_step=6, first_step=first, last_step=last, **options
-    ) as loader:
+    options |= {"seed": 5, "stream": 2, "rows_per_step": 6, "deadline_s": 20}
+    with Loader(rows, first_step=first, last_step=last, **options) as loader:
         return [loader.next() for _ in range(first, last)]
 
 

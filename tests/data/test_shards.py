@@ -10,9 +10,17 @@ import numpy as np
 import pytest
 
 from phi4r.data import build
-from phi4r.data.packing import PackedRow
+from phi4r.data.packing import Document, PackedRow, pack
 from phi4r.data.sft_data import open_shards
-from phi4r.data.shards import ShardRow, ShardRows, is_shard_folder
+from phi4r.data.shards import (
+    FORMAT,
+    ShardRow,
+    ShardRows,
+    is_shard_folder,
+    mark_targets,
+    shard_paths,
+    write_array,
+)
 from phi4r.data.tokenizer import Tokenizer
 from phi4r.errors import UserError
 from tests.data import corpus
@@ -73,6 +81,33 @@ def test_a_damaged_or_unfinished_folder_is_named(folder: Path) -> None:
     shard.write_bytes(whole[:-100])
     with pytest.raises(UserError, match="shard 1 of train is damaged"):
         ShardRows(folder)[8].input_ids  # noqa: B018
+    shard.write_bytes((folder / "train" / "tokens_00000.npy").read_bytes())
+    np.save(shard, np.load(shard)[:-1])
+    with pytest.raises(
+        UserError, match=r"tokens_00001\.npy: expected 7 rows of 128 tokens, found shape \(6, 1"
+    ):
+        ShardRows(folder)[8].input_ids  # noqa: B018
     (folder / "index.json").unlink()
     with pytest.raises(UserError, match="has not finished here"):
         ShardRows(folder)
+
+
+def test_a_target_that_begins_a_document_is_predicted_by_nobody(tmp_path: Path) -> None:
+    """Chat documents begin with a prompt; of others every token may be a target."""
+    documents = [
+        Document(np.arange(first, first + length, dtype=np.int32), np.ones(length, dtype=bool))
+        for first, length in ((100, 5), (200, 7), (300, 9), (400, 3))
+    ]
+    (row,) = pack(documents, 32, 0)
+    is_token = np.arange(32) < row.num_tokens
+    paths = shard_paths(tmp_path / "train", 0)
+    (tmp_path / "train").mkdir()
+    write_array(paths["tokens"], mark_targets(row.input_ids.astype(np.int32), is_token)[None])
+    write_array(paths["bounds"], row.cu_seqlens)
+    write_array(paths["rows"], np.array([[0, len(row.cu_seqlens), row.num_tokens]]))
+    index = {"format": FORMAT, "seq_length": 32, "pad_id": 0, "shards": {"train": [1], "heldout": []}}
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    found = ShardRows(tmp_path)[0]
+    assert row.loss_mask.sum() == 24 - 4
+    for name in ("input_ids", "labels", "loss_mask", "position_ids"):
+        assert np.array_equal(getattr(found, name), getattr(row, name)), name

@@ -389,6 +389,8 @@ def test_a_save_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) -
         assert {(newest / "dist" / name).read_text() for name in ("data", "more")} == {
             str(read_manifest(newest).step) * 1000
         }
+        named = (checkpoints_folder(run_dir) / "latest").read_text().strip()
+        assert newest.with_name(named).is_dir(), (event, named)
         left = {path.name for path in checkpoints_folder(run_dir).iterdir()}
         assert all(name == "latest" or not folders.incompleteness(newest.with_name(name)) for name in left), (
             event,

@@ -58,13 +58,13 @@ def test_an_fp8_recipe_reaches_megatrons_config(fp8: Any, number_format: str) ->
 
 
 def test_stages_are_spelt_out_in_the_order_of_the_layers() -> None:
-    parallel = ParallelConfig(pp=2, vpp=2, stage_layers="2,1,1,3")
+    parallel = ParallelConfig(pp=2, vpp=2, stage_layers="2,1,4,3")
     one = ["decoder"]
-    assert pipeline_layout(7, parallel) == [["embedding", *one * 2], one, one, [*one * 3, "loss"]]
+    assert pipeline_layout(10, parallel) == [["embedding", *one * 2], one, one * 4, [*one * 3, "loss"]]
     layout = transformer_config(
-        ModelConfig(vocab_size=64, num_layers=7), parallel
+        ModelConfig(vocab_size=64, num_layers=10), parallel
     ).pipeline_model_parallel_layout
-    assert [len(stage) for rank in layout.layout for stage in rank] == [3, 1, 1, 4]
+    assert [len(stage) for rank in layout.layout for stage in rank] == [3, 4, 1, 4], "by rank"
 
 
 def test_offloading_is_megatrons_hybrid_optimizer_with_the_share_asked_for() -> None:

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from phi4r.cli import main
 from phi4r.errors import UserError
 from phi4r.train import folders
-from phi4r.train.checkpoint import DamagedError, load_checkpoint
+from phi4r.train.checkpoint import DamagedError, load_checkpoint, load_model
 from phi4r.train.folders import all_steps, checkpoints_folder, damage, find_latest, read_manifest
 from phi4r.train.retention import Retention
 from phi4r.train.save import CheckpointError, CheckpointSaver
@@ -62,6 +63,33 @@ def test_a_checkpoint_written_beside_the_training_holds_the_step_at_which_it_was
     assert ranks.resume(tmp_path / "again", TP1) == expected
 
 
+class LateSaver(CheckpointSaver):
+    """A saver whose thread writes when it is told to."""
+
+    go = threading.Event()
+
+    def _write(self, pending: Any) -> None:
+        assert self.go.wait(60)
+        super()._write(pending)
+
+
+def test_weights_that_change_before_they_are_written_are_saved_as_they_were(tmp_path: Path) -> None:
+    engine = ranks.make_engine(TP1)
+    saver = LateSaver(
+        tmp_path, engine.chunks, engine.optimizer, model_cfg=engine.model_config, background=True
+    )
+    parameters = list(engine.models[0].parameters())
+    expected = [p.detach().clone() for p in parameters]
+    saver.begin(0, {})
+    ranks.train(engine, 0, 1)
+    assert any(not torch.equal(p, value) for p, value in zip(parameters, expected, strict=True))
+    saver.go.set()
+    saved = saver.wait()
+    assert saved is not None
+    load_model(saved.folder, engine.chunks)
+    assert all(torch.equal(p, value) for p, value in zip(parameters, expected, strict=True))
+
+
 def test_nothing_is_visible_before_all_of_it_is_written(tmp_path: Path) -> None:
     engine = ranks.make_engine(TP1)
     saver = saver_of(engine, tmp_path, background=True)
@@ -100,7 +128,7 @@ def test_weights_and_optimizer_lie_in_files_of_their_own_and_nothing_is_written_
 def test_the_newest_every_nth_and_the_best_are_kept() -> None:
     loss = {step: {"loss": 3.0 - 0.01 * step if step <= 50 else 3.5} for step in range(10, 101, 10)}
     loss[60]["accuracy"] = 0.9
-    loss[70]["accuracy"] = float("nan")
+    loss[50]["accuracy"] = loss[70]["accuracy"] = float("nan")
     for retention, kept in (
         (Retention(2), {90, 100}),
         (Retention(0), set(loss)),
@@ -254,6 +282,11 @@ def test_a_flipped_bit_anywhere_is_found_and_its_file_named(copy: Path) -> None:
             assert len(found) == 1, (path, position)
             assert str(path) in found[0]
             flip(path, position)
+    manifest = folder / folders.MANIFEST
+    for position in range(manifest.stat().st_size - 1):  # of the manifest any bit, whatever it means
+        flip(manifest, position)
+        assert folders.incompleteness(folder), position
+        flip(manifest, position)
     assert damage(folder) == []
 
 
