@@ -31,6 +31,11 @@ MODES = {
 }
 
 
+def newest_rollouts(run_dir: Path) -> int:
+    """When the last step's samples were written, in ns; 0 before the first."""
+    return max((path.stat().st_mtime_ns for path in run_dir.glob("rollouts/step_*.jsonl")), default=0)
+
+
 def kill_at_random(words: list[str], run_dir: Path, chance: random.Random) -> int:
     """Start, and SIGKILL the whole process group: while it starts, or at most two seconds into its steps.
     Returns the steps that were logged."""
@@ -39,13 +44,9 @@ def kill_at_random(words: list[str], run_dir: Path, chance: random.Random) -> in
     if chance.random() < 0.25:
         time.sleep(chance.uniform(0, 5))
     else:
-        log = run_dir / "rollouts"
-        newest = max((path.stat().st_mtime_ns for path in log.glob("*")), default=0)
-        while max((path.stat().st_mtime_ns for path in log.glob("*")), default=0) == newest:
-            assert process.poll() is None or len(metrics(run_dir)) == STEPS, "the run ended by itself"
+        newest = newest_rollouts(run_dir)
+        while newest_rollouts(run_dir) == newest and process.poll() is None:
             assert time.monotonic() < until, "no rollouts came"
-            if process.poll() is not None:
-                break
             time.sleep(0.005)
         time.sleep(chance.uniform(0, 2))
     if process.poll() is None:
