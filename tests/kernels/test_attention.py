@@ -80,9 +80,12 @@ def assert_within_budget(
     # dQ and dK are sums of p (dp - delta) times k or q. Where dp and delta cancel (the one token of a
     # document: to nothing) an ulp of either remains, and each is a sum of products like out do.
     q, k, _, do = exact_inputs
-    terms = 2 * (scale or q.size(-1) ** -0.5) * (exact["out"] * do).abs().sum(-1).max().item()
+    scale = scale or q.size(-1) ** -0.5
+    terms = 2 * scale * (exact["out"] * do).abs().sum(-1).max().item()
     reach = {**largest, "dq": largest["dq"] + terms * k.abs().max().item()}
     reach["dk"] += terms * q.abs().max().item()
+    # A score is a sum of products that may cancel; what it is rounded by is an ulp of their sizes.
+    reach["lse"] += scale * (q.abs().flatten(0, 1) @ k.abs().flatten(0, 1).T).max().item()
     # Scores and logsumexp are fp32 in base 2: p made again from them is off by ulps of their size, not of 1.
     single = torch.finfo(torch.float32).eps
     again = {
