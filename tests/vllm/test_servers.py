@@ -98,6 +98,17 @@ def test_samples_are_distributed_as_the_embedded_engines_and_repeat_by_their_see
         assert stats.chi2_contingency(table[:, table.sum(0) > 0]).pvalue > 1e-3
 
 
+def test_the_trainer_is_free_while_servers_sample(trainer: Engine, servers: VLLMEngine) -> None:
+    made, options = requests(48, stream=9), SamplingOptions(20, TEMPERATURE)
+    expected = servers.generate(made, options)
+    told: list[Completion] = []
+    pending = servers.start(made, options, told.extend)
+    assert len(EmbeddedEngine(trainer, STOP_IDS, 24).generate(requests(8), options)) == 8
+    found = pending()
+    assert [c.tokens for c in found] == [c.tokens for c in expected]
+    assert told == found
+
+
 def test_filters_are_refused(servers: VLLMEngine) -> None:
     for options in (SamplingOptions(4, top_p=0.9), SamplingOptions(4, top_k=5)):
         with pytest.raises(UserError, match=r"rollout\.top_p and rollout\.top_k must be off"):
@@ -187,8 +198,11 @@ def test_a_killed_server_loses_and_repeats_nothing_and_comes_back(
     assert servers.fleet.members[0].process.num_starts == 2  # type: ignore[union-attr]
 
 
-def test_closing_ends_every_process(servers: VLLMEngine) -> None:
+def test_closing_ends_every_process_also_while_servers_sample(servers: VLLMEngine) -> None:
+    servers.start(requests(400, stream=10), SamplingOptions(20, TEMPERATURE), lambda completions: None)
     processes = [process for member in servers.fleet.members for process in server_processes(member)]
     assert len(processes) >= 4
+    began = time.monotonic()
     servers.close()
+    assert time.monotonic() - began < 20
     assert ended(processes, 30)
