@@ -136,3 +136,18 @@ class Task(ABC):
     def _skips(self, seed: int, index: int, skip_share: float | None) -> bool:
         share = self.default_skip_share if skip_share is None else skip_share
         return CounterStream(self.name, "skip", seed, index).uniform() < share
+
+
+class FileTask(Task):
+    """A task whose problems come from files only."""
+
+    default_range = (0, 0)
+    lowest_difficulty = 0
+    difficulty_unit = "none"
+    alphabet = ""
+    default_skip_share = 0.0
+    is_generated = False
+
+    def generate(self, seed: int, index: int, difficulty: int | tuple[int, int] | None = None) -> Problem:
+        """There is no generator: always UserError."""
+        raise UserError(f"task {self.name}: problems cannot be generated; give a file of problems (path)")

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from phi4r.data.records import Problem
 from phi4r.errors import UserError
-from phi4r.tasks.base import Task
+from phi4r.tasks.base import FileTask
 from phi4r.verify.extract import solution_text
 from phi4r.verify.sandbox import check_cases
 from phi4r.verify.strict import Verdict
@@ -19,20 +19,10 @@ from phi4r.verify.strict import Verdict
 _BLOCK = re.compile(r"```(?:python|py|python3)?[ \t]*\n(.*?)```", re.DOTALL)
 
 
-class Code(Task):
+class Code(FileTask):
     """`code`: problems whose answers are programs that read standard input and print."""
 
     name = "code"
-    default_range = (0, 0)
-    lowest_difficulty = 0
-    difficulty_unit = "none"
-    alphabet = ""
-    default_skip_share = 0.0
-    is_generated = False
-
-    def generate(self, seed: int, index: int, difficulty: int | tuple[int, int] | None = None) -> Problem:
-        """There is no generator: always UserError."""
-        raise UserError("task code: problems cannot be generated; give a file of problems (path)")
 
     def trace(
         self, problem: Problem, seed: int, index: int, skip_share: float | None = None

@@ -6,25 +6,15 @@ from __future__ import annotations
 
 from phi4r.data.records import Problem
 from phi4r.errors import UserError
-from phi4r.tasks.base import Task
+from phi4r.tasks.base import FileTask
 from phi4r.verify.extract import gold_answer
 from phi4r.verify.strict import SymbolicQuestion, Verdict, compare_quickly, decide_quickly
 
 
-class Math(Task):
+class Math(FileTask):
     """`math`: the task of every problem that names no other."""
 
     name = "math"
-    default_range = (0, 0)
-    lowest_difficulty = 0
-    difficulty_unit = "none"
-    alphabet = ""
-    default_skip_share = 0.0
-    is_generated = False
-
-    def generate(self, seed: int, index: int, difficulty: int | tuple[int, int] | None = None) -> Problem:
-        """There is no generator: always UserError."""
-        raise UserError("task math: problems cannot be generated; give a file of problems (path)")
 
     def trace(
         self, problem: Problem, seed: int, index: int, skip_share: float | None = None
