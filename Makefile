@@ -26,7 +26,7 @@ NATIVE := CMakeLists.txt $(wildcard kernels/csrc/*)
 # The layout tests start several ranks; one thread each keeps them from spinning on each other's cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install test-deps quickstart test test-slow test-slurm vllm-deps test-vllm lint format clean
+.PHONY: install test-deps quickstart test test-slow test-slurm vllm-deps vllm-name test-vllm lint format clean
 
 install: $(VENV)/.installed
 
@@ -49,9 +49,12 @@ test-slurm: test-deps
 
 vllm-deps: $(VLLM_VENV)/.installed
 
+vllm-name:
+	@echo $(VLLM)
+
 test-vllm: test-deps $(if $(PHI4R_VLLM_PYTHON),,vllm-deps)
 	@echo "== tests on real vLLM servers"
-	$(BIN)/python -m pytest -q -m vllm --durations=15 $(TESTS)
+	$(BIN)/python -m pytest -q -m "vllm and not slow" --durations=15 $(TESTS)
 
 lint: test-deps
 	@echo "== lint and types"
