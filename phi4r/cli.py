@@ -19,7 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 import phi4r
 from phi4r.cli_checkpoint import checkpoint_app, replay
 from phi4r.cli_prepare import data_app, plan, profile
-from phi4r.cli_slurm import launch, logs, merge, serve, status
+from phi4r.cli_slurm import launch, logs, merge, report, serve, status
 from phi4r.errors import UserError
 
 if TYPE_CHECKING:
@@ -67,6 +67,9 @@ COMMANDS: dict[str, Command] = {
     "status": Command("State, step, time left and restarts of a run", None, "phi4r.slurm.status:main"),
     "logs": Command("What a rank of a run printed", None, "phi4r.slurm.logs:main"),
     "merge": Command("Put the parts of a job array's evaluation together", None, "phi4r.evaluate.merge:main"),
+    "report": Command(
+        "Draw a run: curves, utilisation, accuracy, on one page", None, "phi4r.evaluate.report:main"
+    ),
     "profile": Command(
         "Where the time of an SFT step goes: a trace and a summary", "sft", "phi4r.profile:main"
     ),
@@ -402,6 +405,7 @@ _command(
 _command("status", "  phi4r status\n  phi4r status /shared/runs/sft")(status)
 _command("logs", "  phi4r logs /shared/runs/sft -f\n  phi4r logs /shared/runs/sft --rank 17")(logs)
 _command("merge", "  phi4r merge /shared/runs/eval")(merge)
+_command("report", "  phi4r report runs/rl")(report)
 _command("replay", "  phi4r replay runs/sft --parallel.dp 2")(replay)
 app.add_typer(data_app, name="data", short_help=COMMANDS["data"].help)
 app.add_typer(checkpoint_app, name="checkpoint", short_help=COMMANDS["checkpoint"].help)

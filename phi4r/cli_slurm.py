@@ -1,5 +1,5 @@
-"""`phi4r launch`, `status`, `logs`, `merge` and `serve`: the commands of `phi4r.cli` for users of a SLURM
-cluster."""
+"""`phi4r launch`, `status`, `logs`, `merge`, `report` and `serve`: the commands of `phi4r.cli` for users of a
+SLURM cluster, and for looking at a run."""
 
 from __future__ import annotations
 
@@ -147,3 +147,10 @@ def merge(ctx: typer.Context, folder: RunArgument) -> None:
 
     _no_overrides(ctx)
     find_target("phi4r.evaluate.merge:main")(Path(folder))
+
+
+def report(ctx: typer.Context, run: RunArgument) -> None:
+    from phi4r.parallel.launch import find_target
+
+    _no_overrides(ctx)
+    find_target("phi4r.evaluate.report:main")(Path(run))

@@ -31,7 +31,7 @@ RIGHT, WRONG = "#0072B2", "#b9c0ca"
 WIDTH = 6.2  # inches of a full-width figure
 DPI = 200  # twice the 100 dots per inch at which pages show them
 
-_STYLE = {
+STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "text.color": INK,
@@ -65,7 +65,7 @@ _STYLE = {
 def png_bytes(figure: Figure) -> bytes:
     """The figure as PNG at `DPI`. Figures built alike give equal bytes."""
     buffer = io.BytesIO()
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     return buffer.getvalue()
 
@@ -73,7 +73,7 @@ def png_bytes(figure: Figure) -> bytes:
 @contextmanager
 def _figure(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
     """A figure with one axes, in inches, built under the report's style."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height))
         yield figure, figure.subplots()
 
@@ -91,13 +91,13 @@ def stage_colours(names: Sequence[str]) -> dict[str, str]:
     return {name: known.get(name) or colours[name] for name in names}
 
 
-def _percent_axis(axes: Axes, which: Literal["x", "y"]) -> None:
+def percent_axis(axes: Axes, which: Literal["x", "y"]) -> None:
     axis = axes.xaxis if which == "x" else axes.yaxis
     axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
 
 
-def _grid_only(axes: Axes, which: Literal["x", "y"]) -> None:
+def grid_only(axes: Axes, which: Literal["x", "y"]) -> None:
     axes.grid(False)
     axes.grid(True, axis=which)
 
@@ -137,10 +137,10 @@ def _curve(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str, label
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.9)
     axes.plot(steps, mean, color=colour, linewidth=1.9)
     if label:
-        _end_label(axes, steps[-1], float(mean[-1]), label, colour)
+        end_label(axes, steps[-1], float(mean[-1]), label, colour)
 
 
-def _end_label(axes: Axes, x: float, y: float, text: str, colour: str, dy: float = 0.0) -> None:
+def end_label(axes: Axes, x: float, y: float, text: str, colour: str, dy: float = 0.0) -> None:
     axes.annotate(
         text,
         (x, y),
@@ -154,7 +154,7 @@ def _end_label(axes: Axes, x: float, y: float, text: str, colour: str, dy: float
     )
 
 
-def _spread_labels(axes: Axes, labels: Sequence[tuple[float, float, str, str]], gap: float = 13.0) -> None:
+def spread_labels(axes: Axes, labels: Sequence[tuple[float, float, str, str]], gap: float = 13.0) -> None:
     """Labels (x, y, text, colour) to the right of their points, moved apart vertically to at least `gap`
     points.
     """
@@ -173,7 +173,7 @@ def _spread_labels(axes: Axes, labels: Sequence[tuple[float, float, str, str]], 
                 wanted[i] -= overlap / 2
                 wanted[i + 1] += overlap / 2
     for (x, y, text, colour), height, place in zip(ordered, heights, wanted, strict=True):
-        _end_label(axes, x, y, text, colour, dy=float(place - height))
+        end_label(axes, x, y, text, colour, dy=float(place - height))
 
 
 def sft_loss(metrics: Metrics) -> Figure | None:
@@ -194,7 +194,7 @@ def sft_loss(metrics: Metrics) -> Figure | None:
             labels.append((held_steps[-1], float(held[-1]), f"held out {held[-1]:.3f}", INK))
         axes.set_ylim(bottom=0)
         axes.margins(x=0.01)
-        _spread_labels(axes, labels)
+        spread_labels(axes, labels)
     return figure
 
 
@@ -294,14 +294,14 @@ def panel_figure(metrics: Metrics, panel: Panel) -> Figure | None:
             text = _short_percent(last) if panel.percent else _short_number(last)
             labels.append((float(steps[-1]), last, f"{label} {text}".strip(), colour))
         if panel.percent:
-            _percent_axis(axes, "y")
+            percent_axis(axes, "y")
         elif not log:
             if min(values.min() for _, _, values in lines) >= 0:
                 axes.set_ylim(bottom=0)
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short_number(value)))
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.margins(x=0.02, y=0.12 if not log else 0)
-        _spread_labels(axes, labels)
+        spread_labels(axes, labels)
     return figure
 
 
@@ -352,8 +352,8 @@ def accuracy_by_stage(summaries: Mapping[str, Mapping[str, Any]]) -> Figure:
         axes.set_ylim(len(summaries) - 0.4, -0.75)
         axes.set_xlim(-0.01, 1.02)
         axes.spines["left"].set_visible(False)
-        _percent_axis(axes, "x")
-        _grid_only(axes, "x")
+        percent_axis(axes, "x")
+        grid_only(axes, "x")
     return figure
 
 
@@ -399,8 +399,8 @@ def run_to_run(results: Mapping[str, Results]) -> Figure:
         axes.set_yticks([])
         axes.set_ylim(-0.2, len(results) - 0.15)
         axes.spines["left"].set_visible(False)
-        _percent_axis(axes, "x")
-        _grid_only(axes, "x")
+        percent_axis(axes, "x")
+        grid_only(axes, "x")
     return figure
 
 
@@ -438,8 +438,8 @@ def accuracy_against_tokens(
         axes.set_xlabel("tokens allowed per answer (dots: mean tokens used)")
         axes.set_ylim(-0.02, 1.04)
         axes.set_xlim(0, longest)
-        _percent_axis(axes, "y")
-        _spread_labels(axes, labels)
+        percent_axis(axes, "y")
+        spread_labels(axes, labels)
     return figure
 
 
@@ -449,7 +449,7 @@ def length_histograms(results: Mapping[str, Results]) -> Figure:
     width = max(1, math.ceil((longest + 1) / 40))
     edges = np.arange(0, longest + 2 * width, width) - 0.5
     colours = stage_colours(list(results))
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 0.9 + 1.35 * len(results)))
         rows = figure.subplots(len(results), 1, sharex=True, squeeze=False)[:, 0]
         for axes, (name, result) in zip(rows, results.items(), strict=True):
@@ -474,7 +474,7 @@ def length_histograms(results: Mapping[str, Results]) -> Figure:
             )
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
             axes.yaxis.set_major_locator(MaxNLocator(3))
-            _grid_only(axes, "y")
+            grid_only(axes, "y")
             axes.set_xlim(-0.5, edges[-1])
         rows[0].set_title("Response lengths: right answers coloured, wrong ones grey")
         rows[-1].set_xlabel("tokens in the response")
@@ -504,8 +504,8 @@ def pass_at_k_curves(summaries: Mapping[str, Mapping[str, Any]]) -> Figure:
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.set_xlabel("k, answers per problem")
         axes.set_ylim(0, 1.06)
-        _percent_axis(axes, "y")
-        _spread_labels(axes, labels)
+        percent_axis(axes, "y")
+        spread_labels(axes, labels)
     return figure
 
 
@@ -527,8 +527,8 @@ def accuracy_by_difficulty(summaries: Mapping[str, Mapping[str, Any]]) -> Figure
         axes.set_xlabel("difficulty (in the unit of the task)")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.set_ylim(-0.02, 1.04)
-        _percent_axis(axes, "y")
-        _spread_labels(axes, labels)
+        percent_axis(axes, "y")
+        spread_labels(axes, labels)
     return figure
 
 

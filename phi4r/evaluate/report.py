@@ -20,8 +20,9 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from phi4r import __version__
+from phi4r.console import say
 from phi4r.errors import UserError
-from phi4r.evaluate import plots, story
+from phi4r.evaluate import plots, story, timeline
 from phi4r.evaluate.results import (
     Record,
     Results,
@@ -116,7 +117,7 @@ def build_report(inputs: ReportInputs, folder: str | Path) -> Report:
 
     pictures = {
         "sft": _sft_pictures(sft),
-        "rl": _panels("rl", plots.RL_PANELS, rl),
+        "rl": _panels("rl", plots.RL_PANELS, rl) + _timeline_pictures(rl),
         "accuracy": _accuracy_pictures(evals, summaries),
         "length": _length_pictures(evals, summaries),
         "curation": _curation_pictures(stages),
@@ -170,6 +171,14 @@ def inputs_from_run(run_dir: str | Path, **changes: Any) -> ReportInputs:
         if (run_dir / name).exists():
             found[key] = run_dir / name
     return ReportInputs(**{**found, **changes})
+
+
+def main(run_dir: Path) -> None:
+    """Write RUN/report.html and RUN/figures of one stage's run folder."""
+    inputs = inputs_from_run(run_dir)
+    if not (inputs.sft_metrics or inputs.rl_metrics or inputs.evals or inputs.curation):
+        raise UserError(f"{run_dir}: neither metrics.jsonl, results.jsonl nor curation.json: nothing to draw")
+    say(f"report: {build_report(inputs, run_dir).path}")
 
 
 # --- reading
@@ -261,6 +270,14 @@ def _panels(prefix: str, panels: Mapping[str, plots.Panel], metrics: plots.Metri
         alt = f"{panel.title} against the step"
         pictures += _picture(f"{prefix}_{name}", figure, alt, panel.note, small=True)
     return pictures
+
+
+def _timeline_pictures(metrics: plots.Metrics) -> list[_Picture]:
+    found = timeline.read_timeline(metrics)
+    if found is None:
+        return []
+    alt = "When the trainer trained and when the rollout engines sampled"
+    return _picture("rl_timeline", timeline.figure(found), alt, timeline.caption(found))
 
 
 def _accuracy_pictures(

@@ -41,14 +41,14 @@ PROMPT_STREAM, SAMPLE_STREAM = 21, 22
 @dataclass(frozen=True)
 class StepSamples:
     """`trajectories`: all that were sampled, draw after draw, prompts numbered through them; `groups`: their
-    report, [P, G]; `used`: those to train on; `sampling_seconds`: how long engines sampled, waited for or
-    not."""
+    report, [P, G]; `used`: those to train on; `sampling`: from when to when (`time.perf_counter`) engines
+    sampled, waited for or not, on rank 0; nothing for what an earlier start of the run had sampled."""
 
     trajectories: list[Trajectory]
     groups: Advantages
     used: list[Trajectory]
     num_draws: int
-    sampling_seconds: float
+    sampling: list[tuple[float, float]]
 
     def metrics(self, step: int) -> dict[str, Any]:
         """Of everything that was sampled, the number of groups that are trained on, and how many optimizer
@@ -57,7 +57,7 @@ class StepSamples:
             "draws": self.num_draws,
             "used_groups": len(self.used) // self.groups.advantages.shape[1],
             "staleness": step - min(t.sample.policy_version for t in self.trajectories),
-            "sampling_seconds": self.sampling_seconds,
+            "sampling_seconds": sum(end - start for start, end in self.sampling),
         }
 
 
@@ -65,7 +65,8 @@ class _Draw:
     """A draw that is being sampled, or is in RUN/ahead from an earlier start of the run."""
 
     def __init__(self, number: int) -> None:
-        self.number, self.began, self.seconds = number, time.monotonic(), 0.0
+        self.number = number
+        self.began = self.ended = time.perf_counter()
         self.pending: Pending | None = None
         self.found: list[Completion] | None = None
 
@@ -133,7 +134,7 @@ class Collector:
         draw = _Draw(number)
 
         def done(completions: list[Completion]) -> None:
-            draw.seconds = time.monotonic() - draw.began
+            draw.ended = time.perf_counter()
             if keep:
                 self.folder.put(number, completions)
 
@@ -150,14 +151,14 @@ class Collector:
         Without a single informative group the first draw is what there is."""
         rollout = self.cfg.rollout
         per_draw, trajectories, reports = rollout.prompts_per_step, list[Trajectory](), list[Advantages]()
-        seconds = 0.0
+        sampling = list[tuple[float, float]]()
         while True:
             draw = self.ahead or self._begin(self.next_draw)
             self.ahead = None
             found, groups = self._finish(draw)
             trajectories += [_renumbered(t, len(reports) * per_draw) for t in found]
             reports.append(groups)
-            seconds += draw.seconds
+            sampling.append((draw.began, draw.ended))
             self.next_draw += 1
             num_informative = sum(int(report.informative.sum()) for report in reports)
             if num_informative >= per_draw or len(reports) == rollout.max_draws:
@@ -170,7 +171,7 @@ class Collector:
         if rollout.max_draws > 1 and groups.informative.any():
             chosen = set(np.flatnonzero(groups.informative)[:per_draw].tolist())
         used = [t for t in trajectories if t.sample.prompt_index in chosen]
-        return StepSamples(trajectories, groups, used, len(reports), seconds)
+        return StepSamples(trajectories, groups, used, len(reports), sampling)
 
     def _finish(self, draw: _Draw) -> tuple[list[Trajectory], Advantages]:
         """`group_size` verified and rewarded samples per problem. Rank 0 verifies; every rank gets the same

@@ -70,6 +70,7 @@ def main(cfg: RLConfig, run_dir: Path) -> None:
                 synced = sampler.sync(step)
                 loop.clock.phase("rollout")
                 found = collector.collect()
+                loop.clock.sampled(found.sampling)
                 loop.state["num_draws"] = collector.next_draw
                 if cfg.rollout.staleness and step + 1 < cfg.train.num_steps:
                     collector.sample_ahead()

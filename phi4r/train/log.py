@@ -21,7 +21,7 @@ from phi4r.optional import require
 WALL_CLOCK = (
     "step_seconds", "tokens_per_second", "tokens_per_second_per_gpu", "mfu", "data_seconds",
     "rollout_seconds", "sampling_seconds", "sync_seconds", "train_seconds", "eval_seconds", "slowest_rank",
-    "slowest_excess", "peak_memory_gib", "checkpoint_stall_seconds",
+    "slowest_excess", "peak_memory_gib", "checkpoint_stall_seconds", "timeline",
 )  # fmt: skip
 """The columns of metrics.jsonl that differ from run to run; all others repeat bit for bit on CPU."""
 
@@ -88,7 +88,8 @@ class MetricsLogger:
         self._rows = JsonlWriter(path, append=True)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Write {"step": step, **metrics}; values are ints, floats or strings. The line is on its way to disk
+        """Write {"step": step, **metrics}; values are ints, floats or strings, or a list, which
+        metrics.jsonl alone gets. The line is on its way to disk
         on return. In a SLURM job the row also says how often SLURM had started the job anew.
         """
         if self._rows is None:

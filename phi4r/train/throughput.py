@@ -62,6 +62,9 @@ class StepClock:
         self._marks: list[tuple[Any, Any]] = []
         self._flops = 0.0
         self._step_began = time.perf_counter()
+        self._unix = time.time() - self._step_began
+        self._spans: list[list[Any]] = []
+        self._is_first = True
         self._train_mark: Any = None
         summed = engine.config.finalize_model_grads_func
 
@@ -88,17 +91,33 @@ class StepClock:
     def begin(self) -> None:
         """A step begins, with the phase "data"."""
         self._phases, self._marks, self._flops, self._phase = {}, [], 0.0, ""
+        self._spans, began = [], self._step_began
         self._step_began = time.perf_counter()
+        if self._is_first:
+            self._span("trainer", "start", began, self._step_began)
+            self._is_first = False
         self.phase("data")
 
     def phase(self, name: str) -> None:
-        """The phase before ends, and `name` ("data", "rollout", "train" or "eval") begins."""
+        """The phase before ends, and `name` ("data", "rollout", "sync", "train" or "eval") begins."""
         now = time.perf_counter()
         if self._phase:
             self._phases[self._phase] = self._phases.get(self._phase, 0.0) + now - self._began
+            self._span("trainer", self._phase, self._began, now)
         self._phase, self._began = name, now
         if name == "train":
             self._train_mark = self._mark()
+
+    def _span(self, lane: str, what: str, began: float, ended: float) -> None:
+        start, end = (round(self._unix + seconds, 3) for seconds in (began, ended))
+        if end > start:
+            self._spans.append([lane, what, start, end])
+
+    def sampled(self, spans: Sequence[tuple[float, float]]) -> None:
+        """The rollout engines sampled what this step uses from .. to (`time.perf_counter`), in this step or
+        before."""
+        for began, ended in spans:
+            self._span("rollouts", "sampling", began, ended)
 
     def add_work(self, rows: Sequence[PackedRow]) -> None:
         """The step has trained on `rows` (all ranks')."""
@@ -109,6 +128,8 @@ class StepClock:
         """The step's wall-clock columns of metrics.jsonl. Collective.
 
         num_tokens: of all ranks. slowest_excess: the longest own time over the median rank's, minus 1.
+        timeline: this rank's phases and the sampling, each [lane, what, start, end] in seconds since 1970;
+        "start" is what came before the first step of this process.
         """
         self.phase("")
         seconds = max(time.perf_counter() - self._step_began, 1e-9)
@@ -126,6 +147,7 @@ class StepClock:
             "tokens_per_second_per_gpu": num_tokens / seconds / size,
             **{f"{name}_seconds": value for name, value in self._phases.items()},
             "data_seconds": max(waited),
+            "timeline": self._spans,
         }
         if size > 1 and max(own) > 0:
             found["slowest_rank"] = own.index(max(own))

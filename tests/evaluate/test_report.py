@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from phi4r.errors import UserError
-from phi4r.evaluate.report import Report, ReportInputs, build_report, inputs_from_run
+from phi4r.evaluate.report import Report, ReportInputs, build_report, inputs_from_run, main
 from phi4r.evaluate.results import Results, SummarySettings
 from phi4r.io import JsonlWriter, atomic_write_json
 
@@ -134,6 +134,22 @@ def test_a_run_folder_of_one_stage_gets_the_parts_it_has(tmp_path: Path):
         assert page.headings == [*headings, "To reproduce"]
         assert "17" in page.text
         assert (report.summaries, report.gain) == ({}, None)
+
+
+def test_the_command_draws_a_run_folder_and_refuses_one_without_anything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(UserError, match="nothing to draw"):
+        main(tmp_path)
+    spans = [["trainer", "start", 100.0, 101.0], ["trainer", "train", 101.0, 104.0],
+             ["rollouts", "sampling", 100.5, 101.0]]  # fmt: skip
+    with JsonlWriter(tmp_path / "metrics.jsonl") as writer:
+        writer.write({"step": 1, "reward": 0.1, "timeline": spans})
+    main(tmp_path)
+    assert str(tmp_path / "report.html") in capsys.readouterr().out
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "the trainer trained for 75% of the time" in page.text
+    assert (tmp_path / "figures" / "rl_timeline.png").exists()
 
 
 def test_an_evaluation_alone_is_reported_without_a_comparison(

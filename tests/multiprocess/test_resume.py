@@ -11,11 +11,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from phi4r.data import build
 from phi4r.data.shards import ShardRows
+from phi4r.evaluate.timeline import read_timeline
 from phi4r.train.log import WALL_CLOCK
 from tests.data import corpus
 
@@ -46,11 +48,14 @@ def start(words: list[str], run_dir: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
 
-def metrics(run_dir: Path) -> list[dict[str, object]]:
+def logged(run_dir: Path) -> list[dict[str, Any]]:
     path = run_dir / "metrics.jsonl"
-    if not path.exists():
-        return []
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    rows = logged(run_dir)
     return [{key: value for key, value in row.items() if key not in WALL_CLOCK} for row in rows]
 
 
@@ -90,6 +95,23 @@ def test_a_killed_run_continues_bit_for_bit(name: str, tmp_path: Path) -> None:
     if "--rollout.staleness" in words:
         assert [row["staleness"] for row in whole] == [0, 1, 1, 1, 1, 1]
     assert "resuming" in (tmp_path / "killed.log").read_text()
+    for run, num_restarts in (("whole", 0), ("killed", 1)):
+        check_timeline(logged(tmp_path / run), num_restarts)
+
+
+def check_timeline(rows: list[dict[str, Any]], num_restarts: int) -> None:
+    """The phases and the sampling of a run lie one after the other, and are as long as its columns say."""
+    found = read_timeline(rows)
+    assert found is not None
+    assert len(found.restarts) == num_restarts
+    assert [step for step, _ in found.steps] == [row["step"] for row in rows]
+    for spans in found.lanes.values():
+        assert all(a.end <= b.start + 1e-6 for a, b in itertools.pairwise(spans))
+    rounding = 0.002 * len(rows)
+    for lane, what in (("trainer", "train"), ("trainer", "rollout"), ("rollouts", "sampling")):
+        seconds = sum(row.get(f"{what}_seconds", 0.0) for row in rows)
+        assert found.share(lane, what) * found.end == pytest.approx(seconds, abs=2 * rounding)
+    assert sum(row["step_seconds"] for row in rows) <= found.end + rounding
 
 
 GOLOMB = (0, 1, 4, 9, 15, 22, 32, 34)

@@ -52,6 +52,10 @@ def test_phases_add_up_to_the_step() -> None:
     assert phases <= columns["step_seconds"]
     assert columns["tokens_per_second"] == 100 / columns["step_seconds"]
     assert set(columns) <= set(WALL_CLOCK)
+    spans = [(what, end - start) for lane, what, start, end in columns["timeline"]]
+    assert [what for what, _ in spans] == ["data", "train", "eval"], "only the first step has a start"
+    for what, seconds in spans:
+        assert seconds == pytest.approx(columns[f"{what}_seconds"], abs=0.002)
     assert "mfu" not in columns, "there is no peak to compare with"
 
 
