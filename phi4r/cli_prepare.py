@@ -36,6 +36,15 @@ def plan(
         typer.Option("--response-tokens", min=0, help="Mean response of RL (0: a quarter of the longest)"),
     ] = 0,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Layouts to list")] = 8,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="RL with vLLM servers: simulate modes and splits of the nodes")
+    ] = False,
+    sync_seconds: Annotated[
+        float, typer.Option("--sync-seconds", min=0, help="Weights to the servers (0: an estimate)")
+    ] = 0.0,
+    plot: Annotated[
+        str, typer.Option("--plot", metavar="FILE", help="Draw the simulation, as PNG, SVG or PDF")
+    ] = "",
 ) -> None:
     from phi4r.configs.load import load_stage
     from phi4r.plan.command import Options, main
@@ -51,6 +60,9 @@ def plan(
         document_tokens=document_tokens,
         response_tokens=response_tokens,
         limit=limit,
+        simulate=simulate,
+        sync_seconds=sync_seconds,
+        plot=plot,
     )
     main(loaded, options)
 

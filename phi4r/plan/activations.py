@@ -171,7 +171,8 @@ class Activations:
         layers = stage_layers(self.model.num_layers, self.parallel)[pp_rank]
         pieces = self.microbatches_in_flight(pp_rank, num_microbatches)
         waiting = most = 0
-        for forward in range(num_microbatches * vpp):
+        # Once the first backward has come, the pattern repeats after every chunk has had its turn.
+        for forward in range(min(num_microbatches * vpp, pieces + pp * vpp)):
             waiting += layers[forward // pp % vpp]
             most = max(most, waiting)
             backward = forward - pieces + 1

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 from phi4r.configs.load import Loaded
 from phi4r.configs.stages import RLConfig, SFTConfig
 from phi4r.console import say
 from phi4r.errors import UserError
+from phi4r.plan import split
 from phi4r.plan.hardware import find_gpu, load_rates
 from phi4r.plan.search import Candidate, Cluster, Search, explain, layout_text, overrides, search
 from phi4r.plan.speed import Work, tokens_per_step
@@ -27,6 +29,9 @@ class Options:
     document_tokens: int = 0
     response_tokens: int = 0
     limit: int = 8
+    simulate: bool = False
+    sync_seconds: float = 0.0
+    plot: str = ""
 
 
 def the_work(config: SFTConfig | RLConfig, options: Options) -> Work:
@@ -42,8 +47,9 @@ def num_steps(config: SFTConfig | RLConfig, work: Work, tokens: float) -> float:
     return tokens / tokens_per_step(config, work) if tokens else float(config.train.num_steps)
 
 
-def plan(loaded: Loaded, options: Options) -> tuple[Search, Cluster, Work]:
-    """The search behind the command. UserError for a stage without training or an unknown vocabulary."""
+def prepare(loaded: Loaded, options: Options) -> tuple[SFTConfig | RLConfig, Cluster]:
+    """The recipe with a neutral layout, and the cluster. UserError for a stage without training or an unknown
+    vocabulary."""
     config = loaded.config
     if not isinstance(config, SFTConfig | RLConfig):
         raise UserError(f"plan: expected a recipe of sft or rl, got {loaded.stage}")
@@ -57,8 +63,14 @@ def plan(loaded: Loaded, options: Options) -> tuple[Search, Cluster, Work]:
     cluster = Cluster(options.nodes, options.gpus_per_node, load_rates(gpu))
     # Only whether it fits differs between layouts, not what the recipe's own layout says.
     neutral = dataclasses.replace(config.parallel, tp=1, pp=1, vpp=1, cp=1, dp=1, sp=False)
+    return dataclasses.replace(config, parallel=neutral), cluster
+
+
+def plan(loaded: Loaded, options: Options) -> tuple[Search, Cluster, Work]:
+    """The search behind the command."""
+    config, cluster = prepare(loaded, options)
     work = the_work(config, options)
-    return search(dataclasses.replace(config, parallel=neutral), cluster, work), cluster, work
+    return search(config, cluster, work), cluster, work
 
 
 def table(candidates: list[Candidate], cluster: Cluster, steps: float) -> list[str]:
@@ -77,6 +89,9 @@ def table(candidates: list[Candidate], cluster: Cluster, steps: float) -> list[s
 
 def main(loaded: Loaded, options: Options) -> None:
     """Print the plan."""
+    if options.simulate or options.plot:
+        simulated(loaded, options)
+        return
     found, cluster, work = plan(loaded, options)
     config = loaded.config
     assert isinstance(config, SFTConfig | RLConfig)
@@ -112,6 +127,27 @@ def main(loaded: Loaded, options: Options) -> None:
     words = " ".join(overrides(found.fitting[0].config))
     say(f"\noverrides: {words}")
     say(f"submit:    phi4r launch {loaded.stage} {loaded.recipe.name} --nodes {cluster.nodes} {words}")
+
+
+def simulated(loaded: Loaded, options: Options) -> None:
+    """Print how GRPO on vLLM servers shares the nodes out best; draw it where a file is named."""
+    config, cluster = prepare(loaded, options)
+    if not isinstance(config, RLConfig):
+        raise UserError(f"plan: --simulate is for rl, got {loaded.stage}")
+    growth = [options.response_tokens] if options.response_tokens else split.GROWTH
+    if max(growth) >= config.rollout.max_new_tokens:
+        raise UserError(
+            f"plan: answers of {max(growth):,} tokens on average, but rollout.max_new_tokens is"
+            f" {config.rollout.max_new_tokens:,}: set --response-tokens"
+        )
+    found = split.plan_splits(config, cluster, growth, options.sync_seconds)
+    for line in split.lines(found, config.train.num_steps):
+        say(line)
+    if options.plot:
+        from phi4r.plan.picture import draw
+
+        draw(found, Path(options.plot))
+        say(f"\nwritten: {options.plot}")
 
 
 def _misfits(found: Search, cluster: Cluster) -> list[str]:

@@ -14,8 +14,8 @@ from phi4r.configs.load import load_stage
 from phi4r.configs.sections import ModelConfig, ParallelConfig, TrainConfig
 from phi4r.configs.stages import RLConfig, SFTConfig
 from phi4r.errors import UserError
-from phi4r.plan import check, scale
-from phi4r.plan.command import Options, plan
+from phi4r.plan import check, scale, split
+from phi4r.plan.command import Options, main, plan, prepare
 from phi4r.plan.hardware import GPUS, load_rates
 from phi4r.plan.memory import GIB, kv_bytes, worst_stage
 from phi4r.plan.search import overrides
@@ -128,8 +128,6 @@ def test_measured_rows_replace_anchors_and_say_so(tmp_path: Path) -> None:
 
 
 def test_no_layout_that_fits_is_an_error_after_the_reasons(capsys: pytest.CaptureFixture[str]) -> None:
-    from phi4r.plan.command import main
-
     with pytest.raises(UserError, match="no layout fits"):
         main(load_stage("sft", "phi4_sft"), Options(nodes=1, gpus_per_node=1))
     assert "does not fit, recompute full" in capsys.readouterr().out
@@ -148,6 +146,94 @@ def test_the_command_answers_within_a_second_of_cpu_without_torch() -> None:
     assert "| torch" not in ended.stderr
     for part in ("best: ", "does not fit", "not legal: tp 5", "rates:", "--parallel.tp", "submit:"):
         assert part in ended.stdout
+
+
+def test_a_simulation_answers_within_a_second_of_cpu_without_torch_and_says_which_split_is_best() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "phi4r", "plan", "phi4_grpo", "--nodes", "4"]
+    best = float("inf")
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        ended = subprocess.run(
+            [*command, "--simulate"], cwd=ROOT, capture_output=True, text=True, timeout=120
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert ended.returncode == 0, ended.stderr
+        best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert best < 1.0
+    for module in ("torch", "numpy", "matplotlib"):
+        assert f"| {module}\n" not in ended.stderr
+    for part in ("1 + 3 (12 of 2 GPUs)", "over-sampled, 2 ahead", "best: ", "14,000", "days in all"):
+        assert part in ended.stdout
+
+
+def rl_plan(nodes: int, growth: tuple[int, ...], *words: str) -> split.Plan:
+    config, cluster = prepare(load_stage("rl", "phi4_grpo", words), Options(nodes=nodes))
+    assert isinstance(config, RLConfig)
+    return split.plan_splits(config, cluster, growth)
+
+
+def test_the_best_split_is_the_fastest_and_the_sentence_says_so() -> None:
+    found = rl_plan(4, (4000,))
+    assert {(one.trainer_nodes, one.rollout_nodes) for one in found.splits} == {(1, 3), (2, 2), (3, 1)}
+    steps = [min(run.mean_step_s for run in one.results.values()) for one in found.splits]
+    assert steps == sorted(steps)
+    first = found.splits[0]
+    assert first.results[found.best_mode].mean_step_s == steps[0]
+    assert f"{steps[0]:.1f} s a step" in split.explain(found)
+    for one in found.splits:
+        assert one.servers.count * one.server_gpus == 8 * one.rollout_nodes
+        for name, run in one.results.items():
+            assert min(run.trainer_busy, run.rollouts_busy) <= one.gpu_use(name)
+            assert one.gpu_use(name) <= max(run.trainer_busy, run.rollouts_busy)
+    assert found.growth == [(4000, first.results)]
+
+
+def test_longer_answers_take_longer_and_cheaper_weights_less() -> None:
+    found = rl_plan(3, (2000, 6000, 12_000))
+    for mode in found.modes:
+        steps = [results[mode.name].mean_step_s for _, results in found.growth]
+        assert steps == sorted(steps)
+        # a run goes evenly through them, so that each half weighs the mean of its ends
+        assert split.mean(steps) == pytest.approx((steps[0] + 2 * steps[1] + steps[2]) / 4)
+    config, cluster = prepare(load_stage("rl", "phi4_grpo"), Options(nodes=3))
+    assert isinstance(config, RLConfig)
+    quick = split.plan_splits(config, cluster, (6000,), sync_s=1.0)
+    slower, faster = (
+        plan.splits[0].results["synchronous"].mean_step_s for plan in (rl_plan(3, (6000,)), quick)
+    )
+    assert slower - faster == pytest.approx(found.runs.sync_s - 1.0)
+
+
+def test_a_server_cannot_decode_faster_than_it_reads_its_weights() -> None:
+    config = recipe("rl", "phi4_grpo")
+    assert isinstance(config, RLConfig)
+    rates = load_rates(GPUS["h100"], None)
+    cost = split.server_cost(config, rates, 2)
+    weights = 2 * 14_659_507_200 / 2
+    assert cost.fixed_s == pytest.approx(weights / 3e12 + split.LAUNCH_S * 40)
+    assert cost.context_s == pytest.approx(204_800 / 2 / 3e12)  # keys and values of a token over two GPUs
+    assert cost.step_s(8) == cost.fixed_s, "few sequences cost nothing more"
+    assert cost.step_s(400) > 1.5 * cost.fixed_s, "many are bound by products"
+
+
+def test_the_simulation_is_drawn(tmp_path: Path) -> None:
+    main(load_stage("rl", "phi4_grpo"), Options(nodes=2, response_tokens=3000, plot=str(tmp_path / "a.png")))
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match=r"--plot .*a\.xyz"):
+        main(
+            load_stage("rl", "phi4_grpo"),
+            Options(nodes=2, response_tokens=3000, plot=str(tmp_path / "a.xyz")),
+        )
+
+
+def test_what_cannot_be_simulated_is_refused() -> None:
+    for stage, name, options, reason in (
+        ("sft", "phi4_sft", Options(simulate=True), "--simulate is for rl"),
+        ("rl", "phi4_grpo", Options(simulate=True, nodes=1), "--nodes must be 2 or more"),
+        ("rl", "phi4_grpo", Options(simulate=True, response_tokens=40_000), "max_new_tokens is 31,744"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            main(load_stage(stage, name), options)
 
 
 def test_more_data_parallel_ranks_than_rows_are_refused_by_the_batch() -> None:
