@@ -1,11 +1,13 @@
 """GRPO with the embedded engine and with vLLM servers, from one SFT checkpoint: a row each in
 results/vllm_rl.csv.
 
-    python -m benchmarks.vllm_rl runs/quickstart/sft [--steps 80] [--servers 2] [--folder runs/vllm_rl]
+    python -m benchmarks.vllm_rl runs/quickstart/sft [--steps 80] [--servers 2] [--kill-at 40]
 
 Needs `make vllm-deps` (or PHI4R_VLLM_PYTHON). Both runs train on the tiny recipe's problems with the same
 seed; a run that was interrupted goes on where it stopped, and rows are written when both are complete.
-Columns: date (UTC), commit, dirty, cpu, engine, servers, steps, seed, settings (what was changed), accuracy
+With `--kill-at N` one of the servers is killed (-9) while it samples, after N steps.
+Columns: date (UTC), commit, dirty, cpu, engine, servers, steps, seed, settings (what was changed), killed_at
+(0: nothing was killed), accuracy
 of the rollouts over the first and the last `window` steps, held-out avg@8 with its 95% interval, mean and
 largest difference between the sampler's and the trainer's log-probs over all steps (nats), smallest effective
 sample share of a step, answers that were asked for again, servers that failed, mean seconds of a step and of
@@ -18,16 +20,19 @@ import argparse
 import json
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from benchmarks.rows import append_rows, provenance
 
 WINDOW = 5
 COLUMNS = [
-    "date", "commit", "dirty", "cpu", "engine", "servers", "steps", "seed", "settings", "window",
+    "date", "commit", "dirty", "cpu", "engine", "servers", "steps", "seed", "settings", "killed_at", "window",
     "accuracy_first", "accuracy_last", "avg_at_8", "low", "high", "mean_length", "mean_gap", "max_gap",
     "min_effective_sample_share", "requeued", "failures", "step_s", "sync_s", "rollout_s", "train_s",
 ]  # fmt: skip
@@ -61,12 +66,41 @@ def row_of(run_dir: Path, steps: int) -> dict[str, Any]:
     return {"window": WINDOW, **{name: float(f"{value:.4g}") for name, value in found.items()}}
 
 
+def kill_a_server(trainer: subprocess.Popen[bytes], run_dir: Path, after: int) -> None:
+    """Wait until `after` steps are logged, then kill the engine of one of the trainer's servers where it has
+    requests."""
+    metrics = run_dir / "metrics.jsonl"
+    while trainer.poll() is None:
+        if metrics.exists() and len(metrics.read_bytes().splitlines()) >= after:
+            break
+        time.sleep(0.2)
+    for process in psutil.Process(trainer.pid).children(recursive=True):
+        if process.name().startswith("VLLM::Engine"):
+            before = sum(process.cpu_times()[:2])
+            while trainer.poll() is None and sum(process.cpu_times()[:2]) < before + 0.5:
+                time.sleep(0.05)  # between rollouts it does nothing
+            print(f"killing {process.name()} ({process.pid}) after step {after}", flush=True)
+            process.kill()
+            return
+    raise SystemExit("found no engine process of a vLLM server to kill")
+
+
+def run(command: list[str], run_dir: Path, kill_at: int) -> None:
+    """Run `command` to its end, perhaps killing one of its servers."""
+    trainer = subprocess.Popen(command)
+    if kill_at:
+        threading.Thread(target=kill_a_server, args=(trainer, run_dir, kill_at), daemon=True).start()
+    if trainer.wait():
+        raise SystemExit(f"ended with exit code {trainer.returncode}: {' '.join(command)}")
+
+
 def main() -> int:
     """Run what is still to do, evaluate, and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="the SFT run folder or checkpoint that both start from")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--servers", type=int, default=2)
+    parser.add_argument("--kill-at", type=int, default=0, help="kill a server after this many steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("runs/vllm_rl"))
     parser.epilog = "What stands after -- is passed on to phi4r rl."
@@ -80,13 +114,14 @@ def main() -> int:
     program = [sys.executable, "-m", "phi4r"]
     for engine, settings in engines.items():
         run_dir = options.folder / engine
-        subprocess.run(
+        run(
             [
                 *program, "rl", "tiny", "--run-dir", str(run_dir), "--init.checkpoint", options.checkpoint,
                 "--train.num_steps", str(options.steps), "--seed", str(options.seed),
                 *settings, *settings_given,
             ],
-            check=True,
+            run_dir,
+            options.kill_at if engine == "vllm" else 0,
         )  # fmt: skip
         if not (run_dir / "eval" / "summary.json").exists():
             subprocess.run(
@@ -109,6 +144,7 @@ def main() -> int:
             **shared,
             "engine": engine,
             "servers": options.servers if engine == "vllm" else 0,
+            "killed_at": options.kill_at if engine == "vllm" else 0,
             **row_of(options.folder / engine, options.steps),
         }
         for engine in engines
