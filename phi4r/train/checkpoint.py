@@ -39,6 +39,7 @@ from phi4r.train.folders import (
     read_model_config,
     resolve_checkpoint,
 )
+from phi4r.train.state_chunks import states_left_out
 
 T = TypeVar("T")
 
@@ -160,7 +161,7 @@ def _check_model(folder: Path, model: ModelConfig, chunks: Sequence[nn.Module]) 
 def optimizer_kind(optimizer: Any | None) -> Any:
     if optimizer is None:
         return ""
-    return "distributed" if hasattr(_parts(optimizer)[0], "gbuf_ranges") else "plain"
+    return "distributed" if hasattr(optimizer_parts(optimizer)[0], "gbuf_ranges") else "plain"
 
 
 def _check_optimizer(folder: Path, manifest: Manifest, optimizer: Any) -> None:
@@ -200,7 +201,7 @@ def sharded_state(chunks: Sequence[nn.Module], optimizer: Any | None, *, is_load
     }
     if optimizer is None:
         return model
-    with _states_as_wide_as(chunks):
+    with _states_as_wide_as(chunks) if is_loading else states_left_out(optimizer_parts(optimizer)):
         state = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
     return model | {"optimizer": state}
 
@@ -218,8 +219,8 @@ class _DoubleStates(TorchFunctionMode):
 
 
 def _states_as_wide_as(chunks: Sequence[nn.Module]) -> AbstractContextManager[Any]:
-    """megatron-core's distributed optimizer gathers and fills its states in fp32, which would round those of
-    an fp64 model, and with them its weights."""
+    """megatron-core's distributed optimizer reads its states as fp32, which would round those of an fp64
+    model, and with them its weights."""
     is_double = any(p.dtype == torch.float64 for chunk in chunks for p in chunk.parameters())
     return _DoubleStates() if is_double else nullcontext()
 
@@ -227,13 +228,14 @@ def _states_as_wide_as(chunks: Sequence[nn.Module]) -> AbstractContextManager[An
 # --- the three work-rounds (see WORK_ROUNDS)
 
 
-def _parts(optimizer: Any) -> list[Any]:
+def optimizer_parts(optimizer: Any) -> list[Any]:
+    """The optimizers that megatron-core has chained, or the one."""
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 def _torch_parts(optimizer: Any) -> list[Any]:
     """Those that step with torch's AdamW; transformer-engine's and offloaded ones need no work-round."""
-    return [part for part in _parts(optimizer) if isinstance(part.optimizer, torch.optim.AdamW)]
+    return [part for part in optimizer_parts(optimizer) if isinstance(part.optimizer, torch.optim.AdamW)]
 
 
 def fill_adam_state(optimizer: Any) -> None:

@@ -233,9 +233,10 @@ def remove_leftovers(run_dir: str | Path) -> list[str]:
 
 
 def begin(run_dir: str | Path, step: int) -> Path:
-    """An empty folder under a temporary name for the checkpoint of `step`, with dist/ inside."""
+    """An empty folder under a temporary name for the checkpoint of `step`, with dist/ inside. Raises
+    FileNotFoundError where the run folder is gone: it is not made anew."""
     folder = checkpoints_folder(run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     temporary = folder / f".tmp-{step_name(step)}"
     if temporary.exists():
         shutil.rmtree(temporary)

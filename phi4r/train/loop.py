@@ -120,7 +120,10 @@ class TrainingLoop:
         yield from range(self.start_step, self.config.train.num_steps)
 
     def begin_step(self) -> None:
-        """Start the step's clock, in its first phase, "data"."""
+        """Start the step's clock, in its first phase, "data". Raises RuntimeError where the run folder is
+        gone: what a step writes would make another in its place."""
+        if self.engine.layout.is_main and not self.run_dir.is_dir():
+            raise RuntimeError(f"the run folder {self.run_dir} is gone")
         self.clock.begin()
         beat()
 

@@ -48,9 +48,17 @@ from phi4r.configs.sections import ModelConfig
 from phi4r.errors import UserError
 from phi4r.parallel.layout import broadcast_object
 from phi4r.train import folders
-from phi4r.train.checkpoint import fill_adam_state, on_main_rank, optimizer_kind, quiet, sharded_state
+from phi4r.train.checkpoint import (
+    fill_adam_state,
+    on_main_rank,
+    optimizer_kind,
+    optimizer_parts,
+    quiet,
+    sharded_state,
+)
 from phi4r.train.folders import DIST, TOKENIZER, Manifest
 from phi4r.train.retention import Retention
+from phi4r.train.state_chunks import state_chunks
 
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
 """What a rank's two data files are called: `__<rank>_weights.distcp`, `__<rank>_optimizer.distcp`."""
@@ -219,6 +227,7 @@ class CheckpointSaver:
         self.run_dir, self.chunks, self.optimizer = Path(run_dir), chunks, optimizer
         self.model_cfg, self.tokenizer, self.layout = model_cfg, tokenizer, layout or {}
         self.retention, self.background, self.timeout_s = retention or Retention(), background, timeout_s
+        self.run_dir.mkdir(parents=True, exist_ok=True)
         self._pending: _Pending | None = None
         self._plan: SavePlan | None = None
         self._index: Metadata | None = None
@@ -278,6 +287,7 @@ class CheckpointSaver:
         if self.optimizer is not None:
             fill_adam_state(self.optimizer)
         tree = sharded_state(self.chunks, self.optimizer, is_loading=False)
+        states = self._states(tree)
         # What belongs together is checked once: models and layouts do not change within a run.
         sharded, common = save_preprocess(tree, self._plan is None)
         group = mpu.get_data_parallel_group(with_context_parallel=True)
@@ -289,21 +299,26 @@ class CheckpointSaver:
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         planner.set_up_planner(mcore_to_pyt_state_dict(tensors, False), None, dist.get_rank() == 0)
         local = planner.create_local_plan()
+        local = replace(local, items=[*local.items, *(item for item, _ in states)])
         if self._plan is None:
             self._make_plan(planner, local)
         assert self._plan is not None
         assert len(local.items) == len(self._plan.items), "the model has changed since the first checkpoint"
-        # A distributed optimizer has gathered its state into fresh host tensors already.
-        fresh = "optimizer." if optimizer_kind(self.optimizer) == "distributed" else "\0"
+        own = {item.index: value for item, value in states}
         chunks: list[tuple[WriteItem, Tensor | io.BytesIO]] = []
         for item in self._plan.items:
-            data = planner.resolve_data(item)
-            if isinstance(data, Tensor) and not (item.index.fqn.startswith(fresh) and not data.is_cuda):
-                data = self._copy(item.index, data)
-            chunks.append((item, data))
+            data = own[item.index] if item.index in own else planner.resolve_data(item)
+            chunks.append((item, self._copy(item.index, data) if isinstance(data, Tensor) else data))
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return chunks, common
+
+    def _states(self, tree: dict[str, Any]) -> list[tuple[WriteItem, Tensor]]:
+        """What this rank stores of a distributed optimizer's state."""
+        if self.optimizer is None:
+            return []
+        model = {name: entries for name, entries in tree.items() if name != "optimizer"}
+        return state_chunks(optimizer_parts(self.optimizer), model)
 
     def _make_plan(self, planner: MCoreSavePlanner, local: SavePlan) -> None:
         """Agree once on who writes what (`_plan`) and on the index of all chunks (`_index`, rank 0)."""

@@ -231,6 +231,7 @@ def test_a_missing_checkpoint_is_an_error_before_anything_is_measured(tmp_path: 
 
 def test_pass_rates_belong_to_a_checkpoint_and_not_to_the_log_of_its_run(tmp_path: Path) -> None:
     run = tmp_path / "sft"
+    run.mkdir()
 
     def publish(step: int) -> None:
         folder = folders.begin(run, step)

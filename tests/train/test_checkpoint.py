@@ -34,6 +34,7 @@ from phi4r.train.folders import (
     tokenizer_folder,
 )
 from phi4r.train.retention import Retention
+from phi4r.train.save import CheckpointError, CheckpointSaver
 from tests.train import checkpoint_ranks as ranks
 
 Work = tuple[str, str, dict[str, Any], str]
@@ -235,6 +236,16 @@ def test_saving_starts_no_process(saved: tuple[Path, list[float]], tmp_path: Pat
     assert not STARTED
 
 
+def test_a_run_folder_that_was_lost_is_not_made_anew(tmp_path: Path) -> None:
+    """A run of an hour's work would end with a folder that holds one checkpoint and no metrics."""
+    engine, run_dir = ranks.make_engine(TP1), tmp_path / "run"
+    saver = CheckpointSaver(run_dir, engine.chunks, engine.optimizer, model_cfg=engine.model_config)
+    run_dir.rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="No such file or directory"):
+        saver.begin(1, {})
+    assert not run_dir.exists()
+
+
 def test_a_checkpoint_holds_what_is_needed_to_go_on_without_the_original_files(
     saved: tuple[Path, list[float]],
 ) -> None:
@@ -365,6 +376,7 @@ event = 0
 while True:
     event += 1
     run_dir = base / f"killed_at_{event}"
+    run_dir.mkdir()
     save(run_dir, 1, 2)
     pid = os.fork()
     if pid == 0:
