@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
+from typing import Literal
 
 from phi4r.configs.section_checks import at_least, positive, require
 from phi4r.errors import ConfigError
@@ -28,8 +29,12 @@ class VLLMConfig:
     """CUDA_VISIBLE_DEVICES of each started server, semicolon between, as in "4,5;6,7" ("": as inherited)."""
     options: str = ""
     """More command-line options for the servers that are started, as in "--tensor-parallel-size 2"."""
+    transfer: Literal["files", "gloo", "nccl"] = "files"
+    """How weights get to the servers after each step: "files" = through `weights_dir`; broadcast from rank
+    0's memory, past the disk: "gloo" = by TCP, "nccl" = from GPU to GPU."""
     weights_dir: str = ""
-    """Folder that trainer and servers share, for the weights of each step ("": RUN/weights)."""
+    """Folder that trainer and servers share, for what servers are started with and, with transfer "files",
+    the weights of each step ("": RUN/weights)."""
     max_in_flight: int = 64
     """Requests sent to one server at once; the others wait in the trainer."""
     request_timeout_s: float = 1800.0

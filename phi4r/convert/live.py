@@ -70,6 +70,12 @@ def whole_weights(
         yield weight, from_mcore(weight, unshard(weight, parts))
 
 
+def hand_over(weights: Iterator[tuple[Weight, Tensor]]) -> None:
+    """The part in `whole_weights` of a rank other than 0."""
+    for _ in weights:
+        raise AssertionError("only rank 0 is given weights")
+
+
 def export_live(
     chunks: Sequence[nn.Module],
     model: ModelConfig,
@@ -83,8 +89,7 @@ def export_live(
     only rank 0 writes. There are no tokenizer files: servers are given token ids."""
     weights = whole_weights(chunks, model, layout)
     if not layout.is_main:
-        for _ in weights:
-            raise AssertionError("only rank 0 is given weights")
+        hand_over(weights)
         return
     served = served_model(model)
     table = [(weight.hf, weight.shape) for weight in weight_table(model)]
@@ -102,4 +107,14 @@ def export_live(
         if len(shards) > 1:
             index: dict[str, Any] = {"metadata": {}, "weight_map": weight_map}
             atomic_write_json(temporary / INDEX, index)
-        atomic_write_json(temporary / "config.json", hf_config(served, {}, eos_ids, pad_id))
+        _write_config(temporary, model, eos_ids, pad_id)
+
+
+def export_form(model: ModelConfig, folder: Path, eos_ids: tuple[int, ...], pad_id: int | None) -> None:
+    """Write the folder `folder` with all but the weights: a server can start with random ones."""
+    with new_folder(folder) as temporary:
+        _write_config(temporary, model, eos_ids, pad_id)
+
+
+def _write_config(folder: Path, model: ModelConfig, eos_ids: tuple[int, ...], pad_id: int | None) -> None:
+    atomic_write_json(folder / "config.json", hf_config(served_model(model), {}, eos_ids, pad_id))

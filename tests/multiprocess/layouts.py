@@ -20,13 +20,15 @@ import torch
 from torch import Tensor
 
 from phi4r.configs.sections import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, TrainConfig
-from phi4r.convert.live import export_live
+from phi4r.convert.live import export_live, hand_over, whole_weights
 from phi4r.data.packing import Document, PackedRow, pack
+from phi4r.huggingface import HFWeights
 from phi4r.model.names import load_weights, random_weights
 from phi4r.model.packed import PackedContext
 from phi4r.parallel.layout import init_layout
 from phi4r.rl.batch import grpo_loss
 from phi4r.rl.rollout import EmbeddedEngine, SampleRequest, SamplingOptions
+from phi4r.rl.vllm.transfer import Snapshot
 from phi4r.train.engine import Engine, TokenLoss, sft_loss
 
 STEPS, ROWS, LENGTH, VOCAB = 5, 4, 64, 64
@@ -216,12 +218,21 @@ def sample(parallel_settings: dict[str, Any]) -> list[list[int]]:
 
 
 def export(parallel_settings: dict[str, Any], folder: Path) -> dict[str, str]:
-    """SHA-256 of the files of a Hugging Face folder written from live weights, in shards of a few tensors."""
+    """SHA-256 of the files of a Hugging Face folder written from live weights, in shards of a few tensors.
+    What is broadcast to servers is the same."""
     parallel = ParallelConfig(**parallel_settings)
     layout = init_layout(parallel)
     engine = Engine(MODEL, parallel, layout, TrainConfig())
     load_weights(engine.models, MODEL, random_weights(MODEL, 7), layout.tp_rank, layout.tp)
     export_live(engine.chunks, MODEL, layout, folder, (3, 4), None, max_shard_bytes=20_000)
+    whole = whole_weights(engine.chunks, MODEL, layout)
+    if layout.is_main:
+        snapshot, written = Snapshot(MODEL), HFWeights(folder)
+        snapshot.fill(whole)
+        for name in snapshot.shapes:
+            assert torch.equal(snapshot.get_tensor(name), written.get_tensor(name)), name
+    else:
+        hand_over(whole)
     return {path.name: sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*"))}
 
 

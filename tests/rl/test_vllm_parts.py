@@ -79,13 +79,13 @@ def test_digests_tell_equal_repacked_wrong_and_missing_parameters_apart(exported
         for weight in weight_table(MODEL)
         for rank in range(tp)
     }
-    comparison = compare(exported, MODEL, found)
+    comparison = compare(HFWeights(exported).get_tensor, MODEL, found)
     assert (comparison.num_equal, comparison.num_unreadable, comparison.differing) == (len(found), 0, [])
     last = f"dp0:pp0:pcp0:tp{tp - 1}:"
     found[last + "model.norm.weight"] = EMPTY
     found[last + "lm_head.weight"] = digest(torch.zeros(3))
     del found[last + "model.layers.1.mlp.down_proj.weight"]
-    comparison = compare(exported, MODEL, found)
+    comparison = compare(HFWeights(exported).get_tensor, MODEL, found)
     assert comparison.num_unreadable == 1
     assert comparison.differing == [last + "lm_head.weight", "model.layers.1.mlp.down_proj.weight"]
 

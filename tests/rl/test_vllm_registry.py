@@ -15,7 +15,7 @@ from phi4r.errors import ConfigError, UserError
 from phi4r.parallel.attempt import FOLDER
 from phi4r.rl.vllm.inside import phi4r_guard
 from phi4r.rl.vllm.registry import Announcement, Order, Registry
-from phi4r.rl.vllm.serve import own_address, own_devices
+from phi4r.rl.vllm.serve import listening_address, own_devices
 from phi4r.rl.vllm.server import ServerProcess
 
 
@@ -119,8 +119,8 @@ def test_the_guard_lets_in_who_has_the_key(
 
 
 def test_a_server_listens_where_the_trainer_is_reached_from() -> None:
-    assert own_address("") == "127.0.0.1"
-    assert own_address("127.0.0.1") == "127.0.0.1"
+    assert listening_address("") == "127.0.0.1"
+    assert listening_address("127.0.0.1") == "127.0.0.1"
 
 
 def test_servers_of_a_node_share_its_gpus_evenly() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -47,10 +48,17 @@ def vllm_python() -> str:
 
 @pytest.fixture(scope="session")
 def trainer() -> Engine:
-    """The trainer's model."""
-    engine = Engine(MODEL, ParallelConfig(), init_layout(ParallelConfig()), TrainConfig())
-    load_weights(engine.models, MODEL, peaked_weights(7), 0, 1)  # type: ignore[arg-type]
-    return engine
+    """The trainer's model; who needs weights loads them."""
+    return Engine(MODEL, ParallelConfig(), init_layout(ParallelConfig()), TrainConfig())
+
+
+def open_engine(trainer: Engine, run_dir: Path, **settings: Any) -> VLLMEngine:
+    """The rollout engine of a run in `run_dir`, with `settings` of the section vllm."""
+    config = VLLMConfig(max_in_flight=8, start_timeout_s=300, **settings)
+    return VLLMEngine(
+        trainer, STOP_IDS, config, run_dir, max_model_len=256, probe_prompts=[(5, 6, 7), (9, 10)],
+        temperature=TEMPERATURE,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -58,16 +66,9 @@ def servers(
     vllm_python: str, trainer: Engine, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[VLLMEngine]:
     """The engine with two servers that hold the trainer's weights as version 0."""
-    config = VLLMConfig(num_servers=2, python=vllm_python, max_in_flight=8, start_timeout_s=300)
-    engine = VLLMEngine(
-        trainer,
-        STOP_IDS,
-        config,
-        Path(tmp_path_factory.mktemp("vllm")),
-        max_model_len=256,
-        probe_prompts=[(5, 6, 7), (9, 10)],
-        temperature=TEMPERATURE,
-    )
+    load_weights(trainer.models, MODEL, peaked_weights(7), 0, 1)  # type: ignore[arg-type]
+    run_dir = Path(tmp_path_factory.mktemp("vllm"))
+    engine = open_engine(trainer, run_dir, num_servers=2, python=vllm_python)
     try:
         engine.sync(0)
         yield engine

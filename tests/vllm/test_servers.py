@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -15,6 +16,7 @@ from scipy import stats
 
 from phi4r.data.packing import Document, pack, unpack
 from phi4r.errors import UserError
+from phi4r.huggingface import HFWeights
 from phi4r.model.names import load_weights
 from phi4r.rl.rollout import Completion, EmbeddedEngine, SampleRequest, SamplingOptions
 from phi4r.rl.vllm.client import Client
@@ -22,7 +24,7 @@ from phi4r.rl.vllm.engine import VLLMEngine
 from phi4r.rl.vllm.fleet import Member, weights_folder
 from phi4r.train.engine import Engine
 from tests.rl.test_vllm_keeper import ended
-from tests.vllm.conftest import MODEL, STOP_IDS, TEMPERATURE, VOCAB, peaked_weights
+from tests.vllm.conftest import MODEL, STOP_IDS, TEMPERATURE, VOCAB, open_engine, peaked_weights
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -115,6 +117,17 @@ def test_filters_are_refused(servers: VLLMEngine) -> None:
             servers.generate(requests(1), options)
 
 
+def test_servers_that_were_not_started_for_a_broadcast_are_refused(
+    trainer: Engine, servers: VLLMEngine, tmp_path: Path
+) -> None:
+    addresses = ",".join(member.url for member in servers.fleet.members)
+    engine = open_engine(trainer, tmp_path, addresses=addresses, transfer="gloo")
+    with pytest.raises(UserError, match=r"cannot be sent weights .* --worker-extension-cls phi4r_transfer"):
+        engine.sync(0)
+    engine.close()
+    assert {c.version for c in servers.generate(requests(4), SamplingOptions(4))} == {0}
+
+
 def test_a_sync_moves_new_weights_and_what_was_not_sent_is_noticed(
     trainer: Engine, servers: VLLMEngine
 ) -> None:
@@ -145,7 +158,7 @@ def test_a_sync_moves_new_weights_and_what_was_not_sent_is_noticed(
             return await client.digests()
 
     digests = asyncio.run(put_back_old_weights_under_the_new_label())
-    assert servers._verify(weights_folder(servers.root, 1), digests).differing
+    assert servers._verify(HFWeights(weights_folder(servers.root, 1)).get_tensor, digests).differing
     with pytest.raises(RuntimeError, match="vLLM server 1 does not hold the weights of step 1"):
         servers._probe([member], 1)
     assert servers.sync(2)["rollout_servers"] == 2  # the next weights mend it

@@ -5,10 +5,12 @@ POST /collective_rpc              reload_weights on every worker (VLLM_SERVER_DE
 POST /reset_prefix_cache          without it, cached keys and values of older weights would be used
 POST /update_weight_version       a label, returned with every token
 POST /weight_checker              SHA-256 of each parameter
+POST /init_weight_transfer_engine and what follows it: see `transfer`
 """
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,13 @@ from numpy.random import SeedSequence
 from phi4r.configs.sections import VLLMConfig
 from phi4r.errors import UserError
 from phi4r.rl.rollout import Completion, SampleRequest, SamplingOptions
-from phi4r.rl.vllm.server import HEALTH_TIMEOUT_S
+from phi4r.rl.vllm.server import HEALTH_TIMEOUT_S, INSIDE, RECEIVES
 
 BUSY = (429, 503)
 CONNECTIONS = 3
 """Connections tried for one call: a server closes one that was idle just when it is used again."""
+UNPREPARED = ("Weight transfer not configured", "Invalid init_info")
+"""What vLLM says where it was started without our transfer engine."""
 
 
 class ServerError(Exception):
@@ -136,12 +140,56 @@ class Client:
     async def load(self, folder: Path, version: int) -> None:
         """Replace the weights by those of `folder`, forget cached keys and values, and set the label last."""
         timeout_s = self.config.sync_timeout_s
+        # It may have been started without weights, for a broadcast.
+        config = {"overrides": {"load_config": {"load_format": "auto"}}}
+        update = {"method": "update_config", "kwargs": config}
+        await self._call("POST", "/collective_rpc", timeout_s, json=update)
         rpc = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}, "timeout": timeout_s}
         await self._call("POST", "/collective_rpc", timeout_s, json=rpc)
-        reset = (await self._call("POST", "/reset_prefix_cache", timeout_s)).json()
+        await self.settle(version)
+
+    async def settle(self, version: int) -> None:
+        """After loading: forget cached keys and values, and set the label last."""
+        reset = (await self._call("POST", "/reset_prefix_cache", self.config.sync_timeout_s)).json()
         if not reset["success"]:
             raise ServerError(f"{self.url}: the prefix cache could not be reset (requests still run)")
         await self.label(version)
+
+    async def num_workers(self) -> int:
+        """Processes that hold a part or a copy of the weights."""
+        found = await self._call("GET", "/get_world_size", HEALTH_TIMEOUT_S)
+        return int(found.json()["world_size"])
+
+    async def init_transfer(self, init_info: dict[str, Any]) -> None:
+        """Have the workers join a group with the trainer. Returns when they did."""
+        try:
+            await self._transfer("init_weight_transfer_engine", init_info=init_info)
+        except ServerError as error:
+            if any(words in str(error) for words in UNPREPARED):
+                raise UserError(
+                    f"{self.url} cannot be sent weights (vllm.transfer): start it with PYTHONPATH={INSIDE}"
+                    f" and {shlex.join(RECEIVES)}, or use files"
+                ) from None
+            raise
+
+    async def start_update(self) -> None:
+        """Prepare for new weights, also where an earlier trainer ended in mid-update."""
+        try:
+            await self._transfer("start_weight_update")
+        except ServerError:
+            await self.finish_update()
+            await self._transfer("start_weight_update")
+
+    async def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Have the workers receive weights. Returns when they did."""
+        await self._transfer("update_weights", update_info=update_info)
+
+    async def finish_update(self) -> None:
+        """The new weights are all there."""
+        await self._transfer("finish_weight_update")
+
+    async def _transfer(self, verb: str, **body: Any) -> None:
+        await self._call("POST", f"/{verb}", self.config.sync_timeout_s, json=body)
 
     async def label(self, version: int) -> None:
         """Name the weights that the server holds."""

@@ -1,10 +1,10 @@
 """The vLLM rollout engine: what the GRPO loop talks to, with the same verbs as the embedded one.
 
-Weights go through files: all ranks hand their parts to rank 0, which writes WEIGHTS/v_000012, has every
-server load it, compares digests, and then has each server sample a few probe answers whose log-probs must be
-the trainer's own. `generate` therefore always samples from weights that were proved, and every answer's
-tokens carry their version. Only rank 0 speaks HTTP, in a thread; meanwhile all ranks stay in touch, so that a
-long rollout is not taken for a hang.
+All ranks hand their parts of new weights to rank 0, which writes WEIGHTS/v_000012 and has every server load
+it, or broadcasts them (`transfer`); it compares digests, and then has each server sample a few probe answers
+whose log-probs must be the trainer's own. `generate` therefore always samples from weights that were proved,
+and every answer's tokens carry their version. Only rank 0 speaks HTTP, in a thread; meanwhile all ranks stay
+in touch, so that a long rollout is not taken for a hang.
 """
 
 from __future__ import annotations
@@ -18,18 +18,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from torch import Tensor
 
 from phi4r.configs.sections import VLLMConfig
 from phi4r.console import say
-from phi4r.convert.live import export_live, served_model
+from phi4r.convert.live import export_form, export_live, hand_over, served_model, whole_weights
 from phi4r.data.packing import Document, pack, unpack
 from phi4r.errors import UserError
+from phi4r.huggingface import HFWeights
 from phi4r.parallel.attempt import beat
 from phi4r.parallel.layout import broadcast_object
 from phi4r.rl.rollout import Completion, Done, Pending, SampleRequest, SamplingOptions
 from phi4r.rl.vllm.fleet import Fleet, Member, Weights, weights_folder
 from phi4r.rl.vllm.registry import Order, Registry
 from phi4r.rl.vllm.server import ServerProcess
+from phi4r.rl.vllm.transfer import Snapshot, send
 from phi4r.rl.vllm.weights import Comparison, compare
 from phi4r.train.engine import Engine
 
@@ -67,6 +70,8 @@ class VLLMEngine:
         self.probe_prompts, self.temperature = list(probe_prompts), temperature
         self.max_model_len = max_model_len
         self.model = served_model(engine.model_config)
+        if config.transfer == "nccl" and self._on_cpu:
+            raise UserError('vllm.transfer "nccl" is for a trainer on GPUs: use "gloo" or "files"')
         self.root = (Path(config.weights_dir) if config.weights_dir else run_dir / "weights").resolve()
         # Servers on other nodes announce themselves in a folder, after the first weights are there.
         self.registry = Registry(Path(config.registry)) if config.registry and self.layout.is_main else None
@@ -113,14 +118,7 @@ class VLLMEngine:
     def sync(self, version: int) -> dict[str, float]:
         """Have the servers hold the trainer's weights, those after `version` optimizer steps, and prove it.
         Collective. Returns metrics; raises RuntimeError where a server's log-probs are not the trainer's."""
-        folder = weights_folder(self.root, version)
-        if self.layout.is_main:
-            shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt
-        export_live(
-            self.engine.chunks, self.engine.model_config, self.layout, folder, tuple(self.stop_ids), None
-        )
-        weights = Weights(version, folder, lambda found: self._verify(folder, found))
-        held = self._wait(self._begin(lambda: self._load(weights)))
+        held = self._wait(self._write(version) if self.config.transfer == "files" else self._send(version))
         self.version = version
         metrics = self._probe(held, version)
         if self.layout.is_main:
@@ -137,13 +135,47 @@ class VLLMEngine:
             }
         return metrics
 
+    def _write(self, version: int) -> Future[list[Member]] | None:
+        """Write the weights to a folder, then have the servers load it."""
+        folder = weights_folder(self.root, version)
+        if self.layout.is_main:
+            shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt
+        model = self.engine.model_config
+        export_live(self.engine.chunks, model, self.layout, folder, tuple(self.stop_ids), None)
+        weights = Weights(version, folder, lambda found: self._verify(HFWeights(folder).get_tensor, found))
+        return self._begin(lambda: self._load(weights))
+
+    def _send(self, version: int) -> Future[list[Member]] | None:
+        """Have the servers take the weights from rank 0's memory, as they come in there."""
+        model, folder = self.engine.model_config, self.root / "form"
+        whole = whole_weights(self.engine.chunks, model, self.layout)
+        if not self.layout.is_main:
+            hand_over(whole)
+            return None
+        if self.version is None:
+            shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt
+            export_form(model, folder, tuple(self.stop_ids), None)
+        snapshot, backend, device = Snapshot(model), self.config.transfer, self.layout.device
+        weights = Weights(
+            version,
+            folder,
+            lambda found: self._verify(snapshot.get_tensor, found),
+            lambda client: send(snapshot, client, backend, device),
+        )
+        loaded = self._begin(lambda: self._load(weights))
+        snapshot.fill(whole)
+        return loaded
+
     async def _load(self, weights: Weights) -> list[Member]:
         """Rank 0: have the servers load `weights`; those of a registry are waited for the first time."""
         if self.registry is not None:
             dtype = VLLM_DTYPES[self.model.dtype]
             self.registry.publish(
-                Order(self.session, str(weights.folder), dtype, self.max_model_len, self._on_cpu)
-            )
+                Order(
+                    self.session, str(weights.folder), dtype, self.max_model_len, self._on_cpu,
+                    self.config.transfer,
+                )
+            )  # fmt: skip
             if not self.fleet.members:
                 count, seconds = self.config.num_servers, self.config.start_timeout_s
                 say(f"rl: waiting for {count} vLLM servers to announce themselves in {self.registry.folder}")
@@ -152,8 +184,8 @@ class VLLMEngine:
                 self.fleet.members = [Member(url=one.url) for one in found]
         return await self.fleet.load(weights)
 
-    def _verify(self, folder: Path, found: dict[str, str]) -> Comparison:
-        self.comparison = compare(folder, self.model, found)
+    def _verify(self, get_tensor: Callable[[str], Tensor], found: dict[str, str]) -> Comparison:
+        self.comparison = compare(get_tensor, self.model, found)
         return self.comparison
 
     def _probe(self, held: list[Member] | None, version: int) -> dict[str, float]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,14 +33,19 @@ MAX_ATTEMPTS = 5
 Verify = Callable[[dict[str, str]], Comparison]
 """A server's digests -> how they compare with those of the weights that it was given."""
 
+Send = Callable[[Client], Awaitable[None]]
+"""Has a server load the weights."""
+
 
 @dataclass(frozen=True)
 class Weights:
-    """What servers should hold: the weights after `version` optimizer steps, in `folder`."""
+    """What servers should hold: the weights after `version` optimizer steps. folder: what a server is started
+    with: these weights, or where they are sent (`send`) only the form of the model."""
 
     version: int
     folder: Path
     verify: Verify
+    send: Send | None = None
 
 
 @dataclass
@@ -198,7 +203,10 @@ class Fleet:
             return
         # A label alone proves nothing: a server given by address may have it from another run.
         process = member.process
-        if process is not None and member.version is None and process.weights == weights.folder:
+        if weights.send is not None:
+            await weights.send(client)
+            await client.settle(weights.version)
+        elif process is not None and member.version is None and process.weights == weights.folder:
             await client.label(weights.version)  # it has just started with them
         else:
             await client.load(weights.folder, weights.version)

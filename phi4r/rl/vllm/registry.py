@@ -31,13 +31,14 @@ POLL_S = 0.5
 @dataclass(frozen=True)
 class Order:
     """What servers are started with. weights: a Hugging Face folder; dtype: vLLM's name of the compute type;
-    max_model_len: longest prompt and response in tokens."""
+    max_model_len: longest prompt and response in tokens; transfer: vllm.transfer."""
 
     session: str
     weights: str
     dtype: str
     max_model_len: int
     on_cpu: bool
+    transfer: str = "files"
 
 
 @dataclass(frozen=True)

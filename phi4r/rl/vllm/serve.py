@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import platform
 import signal
-import socket
 import time
 from pathlib import Path
 from types import FrameType
@@ -19,6 +18,7 @@ import httpx
 
 from phi4r.configs.sections import VLLMConfig
 from phi4r.errors import UserError
+from phi4r.rl.vllm.inside.phi4r_wire import own_address
 from phi4r.rl.vllm.registry import POLL_S, Announcement, Order, Registry, attempt_name
 from phi4r.rl.vllm.server import (
     HEALTH_EVERY_S,
@@ -29,16 +29,12 @@ from phi4r.rl.vllm.server import (
 )
 
 
-def own_address(towards: str) -> str:
-    """The address by which this machine reaches `towards` ("": itself alone). Nothing is sent."""
-    if not towards:
-        return "127.0.0.1"
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((towards, 9))
-        except OSError as error:
-            raise UserError(f"serve: no way to the trainer's node {towards} (MASTER_ADDR): {error}") from None
-        return str(probe.getsockname()[0])
+def listening_address(trainer: str) -> str:
+    """The address by which this machine reaches the trainer's node `trainer` ("": itself alone)."""
+    try:
+        return own_address(trainer or "127.0.0.1")
+    except OSError as error:
+        raise UserError(f"serve: no way to the trainer's node {trainer} (MASTER_ADDR): {error}") from None
 
 
 def own_devices(visible: str, num_sharing: int, local: int) -> str:
@@ -101,6 +97,7 @@ class Service:
         process = ServerProcess(
             self.number, self.config, order.dtype, order.max_model_len, order.on_cpu, self.log,
             host=self.host, key=self.registry.key(), devices=self._devices(order),
+            transfer=order.transfer,
         )  # fmt: skip
         is_announced = False
         try:
@@ -185,7 +182,7 @@ def main(config: VLLMConfig, run_dir: Path, number: int, host: str) -> None:
     by)."""
     signal.signal(signal.SIGTERM, _end)
     registry = Registry(Path(config.registry) if config.registry else (run_dir / "servers").resolve())
-    host = host or own_address(os.environ.get("MASTER_ADDR", ""))
+    host = host or listening_address(os.environ.get("MASTER_ADDR", ""))
     service = Service(config, registry, number, host, run_dir / "logs" / f"vllm_{number}.log")
     try:
         service.run()

@@ -28,6 +28,11 @@ UNHEALTHY_CHECKS = 3
 
 INSIDE = Path(__file__).parent / "inside"
 """Our modules that vLLM's interpreter imports."""
+RECEIVES = (
+    "--load-format", "dummy", "--worker-extension-cls", "phi4r_transfer.Extension",
+    "--weight-transfer-config", '{"backend": "phi4r"}',
+)  # fmt: skip
+"""Options of a server that is sent its weights: it starts with random ones."""
 
 
 def free_port(host: str) -> int:
@@ -42,7 +47,8 @@ class ServerProcess:
 
     number: counts from 0 and names its log; dtype: vLLM's name of the compute type; max_model_len: longest
     prompt and response in tokens; host: address to listen on; port: 0 takes a free one at every start; key:
-    what requests must carry ("": nothing); devices: CUDA_VISIBLE_DEVICES ("": vllm.devices, else inherited).
+    what requests must carry ("": nothing); devices: CUDA_VISIBLE_DEVICES ("": vllm.devices, else inherited);
+    transfer: how it gets weights ("": vllm.transfer).
     """
 
     def __init__(
@@ -58,10 +64,12 @@ class ServerProcess:
         port: int = 0,
         key: str = "",
         devices: str = "",
+        transfer: str = "",
     ) -> None:
         self.number, self.config, self.log = number, config, log
         self.dtype, self.max_model_len, self.on_cpu = dtype, max_model_len, on_cpu
         self.host, self.port, self.key = host, port, key
+        self.transfer = transfer or config.transfer
         self.devices = devices or (config.device_list[number] if config.device_list else "")
         self.python = optional.vllm_python(config.python)
         self.url = ""
@@ -103,7 +111,8 @@ class ServerProcess:
             "--port", str(port), "--tokens-only", "--logprobs-mode", "processed_logprobs",
             "--generation-config", "vllm", "--dtype", self.dtype, "--max-model-len", str(self.max_model_len),
             "--disable-uvicorn-access-log", *(["--enforce-eager"] if self.on_cpu else []),
-            *(["--middleware", "phi4r_guard.Guard"] if self.key else []), *shlex.split(self.config.options),
+            *(["--middleware", "phi4r_guard.Guard"] if self.key else []),
+            *(RECEIVES if self.transfer != "files" else []), *shlex.split(self.config.options),
         ]  # fmt: skip
 
     def environment(self) -> dict[str, str]:
@@ -122,6 +131,7 @@ class ServerProcess:
             given["CUDA_VISIBLE_DEVICES"] = self.devices
         if self.key:  # never on the command line, which every user of the machine can read
             given["VLLM_API_KEY"] = self.key
+        if self.key or self.transfer != "files":
             given["PYTHONPATH"] = os.pathsep.join(filter(None, [str(INSIDE), given.get("PYTHONPATH", "")]))
         return given
 

@@ -9,15 +9,14 @@ such matrices hold is seen by the probe alone (`engine`).
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from phi4r.configs.sections import ModelConfig
-from phi4r.huggingface import HFWeights
 from phi4r.model.names import Weight, weight_table
 
 EMPTY = hashlib.sha256(b"").hexdigest()
@@ -63,13 +62,12 @@ def split_key(key: str) -> tuple[int, str]:
     return next(int(part[2:]) for part in coordinates if part.startswith("tp")), name
 
 
-def compare(folder: Path, model: ModelConfig, found: dict[str, str]) -> Comparison:
-    """The digests `found` on a server against the weights in the Hugging Face folder `folder`."""
+def compare(get_tensor: Callable[[str], Tensor], model: ModelConfig, found: dict[str, str]) -> Comparison:
+    """The digests `found` on a server against the weights that were sent, whole under their HF names."""
     tp = 1 + max(split_key(key)[0] for key in found)
-    weights = HFWeights(folder)
     ours: dict[tuple[int, str], str] = {}
     for weight in weight_table(model):
-        tensor = weights.get_tensor(weight.hf)
+        tensor = get_tensor(weight.hf)
         for tp_rank in range(tp):
             ours[tp_rank, weight.hf] = digest(served_part(weight, tensor, tp_rank, tp))
     unreadable = [key for key, value in found.items() if value == EMPTY]
