@@ -1,14 +1,19 @@
 r"""The verifier on labelled answers, by category, and on long responses: rows in results/verifier.csv.
 
-    python -m benchmarks.verifier [--workers 2] [--num-long 512] [--long-tokens 14000]
+    python -m benchmarks.verifier [--workers 2] [--num-long 512] [--long-tokens 14000] [--gsm8k FILE]
 
 The labels are in verifier_cases.jsonl, one case a line: `category`, `gold`, `correct` (a person's label: is
 it the same answer?), and either `answer`, put into a \boxed{} after a short think block, or the whole
-`response`. Columns: date (UTC), commit, dirty, cpu, workers, category, cases, accuracy (outcome "correct"
-exactly where the label says so), false_positives (called correct, and is not), false_negatives (correct, and
-called wrong or not found), undecided (time-outs and errors), median_ms and max_ms of one case, seconds of all
-of them in one batch. The category "long" is `--num-long` responses of `--long-tokens` tokens (4 characters
-each), whose answers are taken from the cases in turn.
+`response`; with `repeat`, that many times over. The category "gsm8k" takes each gold answer of GSM8K's file,
+writes it in the ways that mean the same, and spoils it in those that do not. "long" is `--num-long` responses
+of `--long-tokens` tokens (4 characters each), whose answers are taken from the cases in turn, hostile ones
+left out.
+
+Columns: date (UTC), commit, dirty, cpu, workers, category, cases, accuracy (outcome "correct" exactly where
+the label says so), false_positives (called correct, and is not), false_negatives (correct, and called wrong
+or not found), undecided (time-outs and errors), disagreements (of the audit's second check), median_ms and
+max_ms of one case, seconds of all of them in one batch, audit_seconds of the second check of all of them. The
+table in docs/verifier.md is written from the rows.
 """
 
 from __future__ import annotations
@@ -17,32 +22,106 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.rows import append_rows, provenance
+from benchmarks.rows import RESULTS, append_rows, provenance, read_rows
+from phi4r.console import Progress, say
+from phi4r.io import atomic_write_text
+from phi4r.verify.audit import disagrees, with_second
+from phi4r.verify.extract import gold_answer
 from phi4r.verify.pool import VerifierPool
 from phi4r.verify.strict import Verdict
 
 CASES = Path(__file__).parent / "verifier_cases.jsonl"
+DOCS = Path(__file__).parents[1] / "docs" / "verifier.md"
+GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k_train.jsonl"
 COLUMNS = [
     "date", "commit", "dirty", "cpu", "workers", "category", "cases", "accuracy", "false_positives",
-    "false_negatives", "undecided", "median_ms", "max_ms", "seconds",
+    "false_negatives", "undecided", "disagreements", "median_ms", "max_ms", "seconds", "audit_seconds",
 ]  # fmt: skip
 CHARS_PER_TOKEN = 4
+NUM_SINGLE = 64
+"""Cases of a category that are timed one by one."""
+AUDIT_BATCH = 512
+"""Cases of an audit, whose time is limited as a whole: a step's."""
+
+Case = dict[str, Any]
 
 
-def read_cases() -> list[dict[str, Any]]:
+# --- cases
+
+
+def boxed(answer: str) -> str:
+    """A short response whose answer is `answer`."""
+    return f"<think>Let me see.</think>\nThe answer is $\\boxed{{{answer}}}$."
+
+
+def read_cases() -> list[Case]:
     """The labelled cases, with `response` filled in."""
     cases = [json.loads(line) for line in CASES.read_text(encoding="utf-8").splitlines()]
     for case in cases:
-        case.setdefault(
-            "response", f"<think>Let me see.</think>\nThe answer is $\\boxed{{{case.get('answer')}}}$."
-        )
+        times = case.pop("repeat", 1)
+        if "answer" in case:
+            case["response"] = boxed(case["answer"] * times)
+        else:
+            case["response"] *= times
     return cases
+
+
+def same_answers(value: int) -> Iterator[str]:
+    """Responses whose answer is `value`, written as people and models write it."""
+    text, sign, size = str(value), "-" if value < 0 else "", abs(value)
+    yield f"<think>{value - 1}</think>{text}"
+    yield f"<think></think>Adding up:\n#### {text}"
+    yield f"<think>{boxed('0')}</think>Not {boxed('1')}, but $\\boxed{{{text}}}$<|im_end|>"
+    written = [
+        text, f" {text}. ", f"{text}.0", f"{text}.00", f"${text}$", f"{sign}\\${size}", f"{sign}\\${size}.00",
+        f"{text}\\%", f"{text}\\text{{ dollars}}", f"{text}\\ \\text{{eggs}}", f"{text}\\,\\mathrm{{km}}",
+        f"x = {text}", f"{2 * value}/2", f"{sign}\\frac{{{3 * size}}}{{3}}", f"\\dfrac{{{4 * value}}}{{4}}",
+        f"\\text{{{text}}}", f"{{{text}}}", f"{value - 1}+1", f"**{text}**",
+    ]  # fmt: skip
+    if size >= 1000:
+        grouped = f"{value:,}"
+        written += [grouped, grouped.replace(",", "{,}"), grouped.replace(",", r"\,"), f"\\${size:,}"[:99]]
+        written[-1] = sign + written[-1]
+    yield from map(boxed, written)
+
+
+def near_misses(value: int) -> Iterator[str]:
+    """Responses whose answer is almost `value`."""
+    text = str(value)
+    yield f"<think>{boxed(text)}</think>The answer is {text}, I think."
+    wrong = [value + 1, value - 1, 10 * value if value else 10, -value if value else -1]
+    if len(text.lstrip("-")) > 1:
+        wrong += [int(text[:-1]), int(text[:1] + text[2:])] if value > 0 else [int(text[:-1])]
+    for number in dict.fromkeys(wrong):
+        if number != value:
+            yield boxed(str(number))
+    off = value + 1
+    yield from map(
+        boxed,
+        (f"{off:,}", f"{text}.5", f"{text}.001", f"\\frac{{{3 * off}}}{{3}}", f"{off}/1", f"{off}\\%",
+         f"\\${off}", f"{off}\\text{{ dollars}}", f"x = {off}", f"{text}, {off}",
+         f"{text}x" if value else "x", f"{value}+1"),
+    )  # fmt: skip
+
+
+def gsm8k_cases(path: Path) -> list[Case]:
+    """Every gold answer of the file once, in all renderings; none where the file is not there."""
+    if not path.is_file():
+        say(f"{path}: not there, so no row for gsm8k (--gsm8k FILE)")
+        return []
+    golds = [gold_answer(json.loads(line)["answer"]) for line in path.read_text("utf-8").splitlines()]
+    return [
+        {"category": "gsm8k", "gold": gold, "response": response, "correct": correct}
+        for gold in dict.fromkeys(golds)
+        for correct, responses in ((True, same_answers), (False, near_misses))
+        for response in responses(int(gold.replace(",", "")))
+    ]
 
 
 def long_response(response: str, num_tokens: int, seed: int) -> str:
@@ -53,7 +132,17 @@ def long_response(response: str, num_tokens: int, seed: int) -> str:
     return "<think>" + "".join(lines) + "</think>\n" + response.split("</think>")[-1]
 
 
-def count(cases: Sequence[dict[str, Any]], verdicts: Sequence[Verdict]) -> dict[str, Any]:
+def long_cases(cases: Sequence[Case], number: int, num_tokens: int) -> list[Case]:
+    """The answers of `cases` at the end of long responses."""
+    usable = [case for case in cases if "answer" in case and case["category"] != "adversarial"]
+    chosen = [usable[i % len(usable)] for i in range(number)]
+    return [c | {"response": long_response(c["response"], num_tokens, i)} for i, c in enumerate(chosen)]
+
+
+# --- measuring
+
+
+def count(cases: Sequence[Case], verdicts: Sequence[Verdict]) -> dict[str, Any]:
     """What was right and what was not."""
     pairs = [(case["correct"], verdict.outcome) for case, verdict in zip(cases, verdicts, strict=True)]
     return {
@@ -62,53 +151,94 @@ def count(cases: Sequence[dict[str, Any]], verdicts: Sequence[Verdict]) -> dict[
         "false_positives": sum(not label and out == "correct" for label, out in pairs),
         "false_negatives": sum(label and out in ("wrong", "no_answer") for label, out in pairs),
         "undecided": sum(out in ("timeout", "error") for _, out in pairs),
+        "disagreements": sum(map(disagrees, verdicts)),
     }
 
 
-def measure(pool: VerifierPool, cases: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[Verdict]]:
-    """Counts and times of `cases`: in one batch, and one by one."""
-    began = time.perf_counter()
-    verdicts = pool.map([(case["gold"], case["response"]) for case in cases])
-    seconds = time.perf_counter() - began
-    single = []
-    for case in cases[:64]:
+def measure(pool: VerifierPool, name: str, cases: Sequence[Case]) -> tuple[dict[str, Any], list[Verdict]]:
+    """Counts and times of `cases`: in one batch, the audit of it, and some one by one."""
+    jobs = [(case["gold"], case["response"]) for case in cases]
+    with Progress(name, len(jobs), every=max(1, len(jobs) // 4)) as progress:
         began = time.perf_counter()
-        pool.map([(case["gold"], case["response"])])
+        verdicts = pool.map(jobs, lambda number: progress.update(progress.done + number))
+        seconds = time.perf_counter() - began
+    began = time.perf_counter()
+    golds = [gold for gold, _ in jobs]
+    parts = [slice(first, first + AUDIT_BATCH) for first in range(0, len(jobs), AUDIT_BATCH)]
+    verdicts = [v for part in parts for v in with_second(golds[part], verdicts[part], pool)]
+    audit_seconds = time.perf_counter() - began
+    single = []
+    for job in jobs[:: max(1, len(jobs) // NUM_SINGLE)]:
+        began = time.perf_counter()
+        pool.map([job])
         single.append(1e3 * (time.perf_counter() - began))
-    times = {"median_ms": round(float(np.median(single)), 3), "max_ms": round(max(single), 1)}
-    return {**count(cases, verdicts), **times, "seconds": round(seconds, 3)}, verdicts
+    return {
+        **count(cases, verdicts),
+        "median_ms": round(float(np.median(single)), 3),
+        "max_ms": round(max(single), 1),
+        "seconds": round(seconds, 3),
+        "audit_seconds": round(audit_seconds, 3),
+    }, verdicts
+
+
+def newest(rows: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
+    """The rows of the last run of this tool."""
+    return [row for row in rows if row["date"] == rows[-1]["date"]]
+
+
+def table_lines(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """The table of docs/verifier.md for the rows of one run."""
+    names = (
+        "cases", "accuracy", "false_positives", "false_negatives", "undecided", "disagreements", "median_ms",
+        "max_ms", "seconds", "audit_seconds",
+    )  # fmt: skip
+    head = ["category", *(name.replace("_", " ") for name in names)]
+    cells = [[row["category"], *(str(row[name]) for name in names)] for row in rows]
+    return ["| " + " | ".join(line) + " |" for line in (head, ["---", *["--:"] * len(names)], *cells)]
+
+
+def write_table(rows: Sequence[Mapping[str, str]]) -> None:
+    """Put the rows of the last run into docs/verifier.md."""
+    text = DOCS.read_text(encoding="utf-8")
+    before, begin, rest = text.partition("<!-- verifier -->\n")
+    _, end, after = rest.partition("<!-- /verifier -->")
+    table = "".join(f"{line}\n" for line in table_lines(newest(rows)))
+    atomic_write_text(DOCS, f"{before}{begin}{table}{end}{after}")
 
 
 def main() -> int:
-    """Measure all categories, print what went wrong, and write the rows."""
+    """Measure all categories, print what went wrong, write the rows and the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--num-long", type=int, default=512)
     parser.add_argument("--long-tokens", type=int, default=14_000)
+    parser.add_argument("--gsm8k", type=Path, default=GSM8K, help="GSM8K's training file")
+    parser.add_argument("--dry-run", action="store_true", help="measure and print, write nothing")
     options = parser.parse_args()
     cases = read_cases()
-    groups: dict[str, list[dict[str, Any]]] = {}
+    groups: dict[str, list[Case]] = {}
     for case in cases:
         groups.setdefault(case["category"], []).append(case)
-    groups["all"] = cases
-    taken = [cases[i % len(cases)] for i in range(options.num_long)]
-    groups["long"] = [
-        {**case, "response": long_response(case["response"], options.long_tokens, i)}
-        for i, case in enumerate(taken)
-        if "answer" in case
-    ]
-    rows = []
+    if gsm8k := gsm8k_cases(options.gsm8k):
+        groups["gsm8k"] = gsm8k
+    groups["long"] = long_cases(cases, options.num_long, options.long_tokens)
+    rows, common = [], {**provenance("phi4r"), "workers": options.workers}
     with VerifierPool(options.workers) as pool:
-        pool.map([(r"x+\frac{1}{2}", r"<think>a</think>\boxed{\frac{2x+1}{2}}")] * options.workers)  # warm
+        pool.warm()
         for category, members in groups.items():
-            found, verdicts = measure(pool, members)
-            rows.append({**provenance("phi4r"), "workers": options.workers, "category": category, **found})
-            print(category, found)
-            if category == "all":
-                for case, verdict in zip(members, verdicts, strict=True):
-                    if case["correct"] != (verdict.outcome == "correct"):
-                        print("  ", verdict.outcome, verdict.method, case)
-    print(f"written to {append_rows('verifier', COLUMNS, rows)}")
+            found, verdicts = measure(pool, category, members)
+            rows.append({**common, "category": category, **found})
+            say("  " + ", ".join(f"{name} {value}" for name, value in found.items()))
+            if category == "long":
+                continue  # the answers of the other categories once more
+            for case, verdict in zip(members, verdicts, strict=True):
+                if case["correct"] != (verdict.outcome == "correct"):
+                    end = case["response"].split("</think>")[-1][-80:]
+                    say(f"  {verdict.outcome} ({verdict.method}): gold {case['gold']}, response {end!r}")
+    if not options.dry_run:
+        path = append_rows("verifier", COLUMNS, rows)
+        write_table(read_rows(RESULTS / "verifier.csv"))
+        say(f"written to {path} and {DOCS}")
     return 0
 
 

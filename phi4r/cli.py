@@ -413,22 +413,33 @@ app.add_typer(checkpoint_app, name="checkpoint", short_help=COMMANDS["checkpoint
 
 @_command("verify")
 def verify(
-    ctx: typer.Context, input: InputArgument, output: OutputArgument, on_bad_row: OnBadRowOption = "stop"
+    ctx: typer.Context,
+    input: InputArgument,
+    output: OutputArgument,
+    on_bad_row: OnBadRowOption = "stop",
+    audit: Annotated[
+        bool, typer.Option("--audit", help="Check each answer by a second, independent method too")
+    ] = False,
 ) -> None:
+    from phi4r.console import say
     from phi4r.parallel.launch import find_target
 
     _no_overrides(ctx)
-    find_target(COMMANDS["verify"].target)(Path(input), Path(output), on_bad_row=_checked(on_bad_row))
+    run = find_target(COMMANDS["verify"].target)
+    report = run(Path(input), Path(output), on_bad_row=_checked(on_bad_row), audit=audit)
+    say(f"verify: {report.summary()}")
 
 
 @_command("reward")
 def reward(
     ctx: typer.Context, input: InputArgument, output: OutputArgument, on_bad_row: OnBadRowOption = "stop"
 ) -> None:
+    from phi4r.console import say
     from phi4r.parallel.launch import find_target
 
     _no_overrides(ctx)
-    find_target(COMMANDS["reward"].target)(Path(input), Path(output), on_bad_row=_checked(on_bad_row))
+    run = find_target(COMMANDS["reward"].target)
+    say(f"reward: {run(Path(input), Path(output), on_bad_row=_checked(on_bad_row)).summary()}")
 
 
 def _checked(on_bad_row: str) -> str:
@@ -469,6 +480,22 @@ def rollouts_show(
         full=full,
         as_json=as_json,
     )
+
+
+@rollouts_app.command(
+    "audit", help="Print answers on which the verifier and its second, independent check disagree."
+)
+def rollouts_audit(
+    ctx: typer.Context,
+    run_dir: Annotated[str, typer.Argument(metavar="D", help="Run folder of `phi4r rl` or `phi4r eval`")],
+    limit: Annotated[int, typer.Option("--limit", help="Cases to draw from all logged ones (0: all)")] = 8,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of that draw")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object for programs")] = False,
+) -> None:
+    from phi4r.parallel.launch import find_target
+
+    _no_overrides(ctx)
+    find_target("phi4r.rl.audit:show_audit")(Path(run_dir), limit=limit, seed=seed, as_json=as_json)
 
 
 app.add_typer(rollouts_app, name="rollouts", short_help=COMMANDS["show"].help)

@@ -55,6 +55,15 @@ class RolloutConfig:
     staleness: int = 0
     """Optimizer steps by which samples may lag: 0 samples with the weights that are trained, 1 samples the
     next step's prompts while this step trains (a gain with vLLM only; needs objective.importance_cap)."""
+    curriculum: Literal["none", "pass_rate"] = "none"
+    """Order of prompts: every problem once an epoch, or by running pass rates: those within the band once an
+    epoch and rather early, the others once in curriculum_rest epochs (phi4r/rl/curriculum.py)."""
+    curriculum_low: float = 0.1
+    """Problems solved less often than this are too hard to teach anything yet."""
+    curriculum_high: float = 0.9
+    """Problems solved more often than this are too easy."""
+    curriculum_rest: int = 4
+    """Epochs in which a problem outside that band comes once."""
     max_prompt_tokens: int = 64
     """Longest prompt; longer problems are left out and counted. The paper: 1,024."""
     max_new_tokens: int = 64
@@ -85,6 +94,7 @@ class RolloutConfig:
             prompts_per_step=1,
             group_size=1,
             max_draws=1,
+            curriculum_rest=1,
             max_prompt_tokens=1,
             max_new_tokens=1,
             num_slots=1,
@@ -92,6 +102,12 @@ class RolloutConfig:
         )
         positive("rollout", self, "temperature", "top_p", "gap_threshold", "gap_alarm")
         require(self.staleness in (0, 1), "rollout.staleness", f"must be 0 or 1, got {self.staleness}")
+        between("rollout", self, 0, 1, "curriculum_low", "curriculum_high")
+        require(
+            self.curriculum_low <= self.curriculum_high,
+            "rollout.curriculum_high",
+            f"must be at least rollout.curriculum_low ({self.curriculum_low}), got {self.curriculum_high}",
+        )
         require(self.top_p <= 1, "rollout.top_p", f"must be at most 1, got {self.top_p}")
 
 
@@ -121,6 +137,20 @@ class RewardConfig:
     """Seconds a single answer may be checked for; then its outcome is "timeout"."""
     verifier_workers: int = 2
     """Processes that check answers in parallel."""
+    audit_share: float = 1.0
+    """Share of mathematical answers that a second, independent method checks too; it never changes a reward,
+    and where the two disagree the case is in RUN/audit (`phi4r rollouts audit RUN`; 0: off)."""
+    judge_url: str = ""
+    """OpenAI-compatible server, such as http://host:8000/v1, whose model is asked about mathematical answers
+    that end in prose without a box ("": they stay no_answer). Its key: the variable PHI4R_JUDGE_API_KEY."""
+    judge_model: str = ""
+    """Name of that model at the server; it must say one word at once, not think aloud."""
+    judge_timeout_s: float = 20.0
+    """Seconds for one question to it, retries included; then the outcome is no_answer, as without it."""
+    judge_deadline_s: float = 60.0
+    """Seconds for all questions of a step; those that are open then are no_answer."""
+    judge_concurrency: int = 16
+    """Questions that are open at once."""
 
     def __post_init__(self) -> None:
         at_least(
@@ -136,8 +166,20 @@ class RewardConfig:
             overlong_weight=0,
             overlong_tokens=0,
             verifier_workers=1,
+            judge_concurrency=1,
         )
-        positive("reward", self, "verifier_timeout_s")
+        positive("reward", self, "verifier_timeout_s", "judge_timeout_s", "judge_deadline_s")
+        require(
+            not self.judge_url or self.judge_url.startswith(("http://", "https://")),
+            "reward.judge_url",
+            f"must begin with http:// or https://, got {self.judge_url!r}",
+        )
+        require(
+            bool(self.judge_url) == bool(self.judge_model),
+            "reward.judge_model" if self.judge_url else "reward.judge_url",
+            "must be given too: reward.judge_url and reward.judge_model belong together",
+        )
+        between("reward", self, 0, 1, "audit_share")
         if self.max_tokens and self.positive_tokens:
             require(
                 self.positive_tokens < self.max_tokens,

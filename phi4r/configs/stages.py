@@ -281,6 +281,7 @@ class EvalConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     problems: ProblemsConfig = field(default_factory=ProblemsConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     eval: EvalSettings = field(default_factory=EvalSettings)
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ The one module of this folder that samples from a model; the others work on resu
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from phi4r.evaluate.results import (
 )
 from phi4r.io import atomic_write_json
 from phi4r.parallel.layout import broadcast_object, distributed_session
+from phi4r.rl.audit import write_audit
 from phi4r.rl.grade import to_samples
 from phi4r.rl.problems import get_problems
 from phi4r.rl.rollout import EmbeddedEngine, SampleRequest, SamplingOptions
@@ -79,8 +81,9 @@ def evaluate_checkpoint(cfg: EvalConfig, checkpoint: str, path: Path) -> Results
     results = None
     if opened.layout.is_main:
         seeds = list(range(first_run, first_run + cfg.eval.runs))
-        with VerifierPool() as pool:
-            results = evaluate_samples(problems, runs, checker(pool), seeds=seeds)
+        audit = path.with_name(path.name.replace("results.jsonl", "audit"))
+        with VerifierPool(cfg.reward.verifier_workers, cfg.reward.verifier_timeout_s) as pool:
+            results = evaluate_samples(problems, runs, checker(pool, cfg, audit), seeds=seeds)
         write_results(path, results)
     return broadcast_object(results)
 
@@ -93,11 +96,18 @@ def _problems(cfg: EvalConfig, run_dir: Path) -> list[Problem]:
     return problems[:count] if count else problems
 
 
-def checker(pool: VerifierPool) -> Callable[[Sequence[Problem], Sequence[Sample]], list[Verdict]]:
-    """The check of evaluation: the one that serves the reward."""
+def checker(
+    pool: VerifierPool, cfg: EvalConfig, audit: Path
+) -> Callable[[Sequence[Problem], Sequence[Sample]], list[Verdict]]:
+    """The check of evaluation: the one that serves the reward. Run by run; disagreements of its audit are
+    written to the folder `audit`, a file for each run."""
+    runs = itertools.count(cfg.eval.part * cfg.eval.runs)
 
     def check(problems: Sequence[Problem], samples: Sequence[Sample]) -> list[Verdict]:
-        return grade_responses([(p, s.text) for p, s in zip(problems, samples, strict=True)], pool)
+        pairs = [(p, s.text) for p, s in zip(problems, samples, strict=True)]
+        verdicts = grade_responses(pairs, pool, cfg.reward)
+        write_audit(audit, next(runs), zip(problems, samples, verdicts, strict=True), cfg.seed)
+        return verdicts
 
     return check
 

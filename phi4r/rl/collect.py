@@ -32,6 +32,8 @@ from phi4r.rl.ahead import AheadFolder
 from phi4r.rl.grade import grade, to_samples, to_trajectories
 from phi4r.rl.rollout import Completion, Pending, RolloutEngine, SampleRequest, SamplingOptions
 from phi4r.rl.types import Trajectory
+from phi4r.verify.audit import audit_counts
+from phi4r.verify.judge import judge_counts
 from phi4r.verify.pool import VerifierPool
 
 # Separate the uses of a run's seed: drawing prompts, sampling.
@@ -214,6 +216,8 @@ def rollout_metrics(trajectories: Sequence[Trajectory], groups: Advantages) -> d
         "verifier_timeouts": outcomes.count("timeout"),
         "verifier_errors": outcomes.count("error"),
     }
+    verdicts = [t.verdict for t in trajectories]
+    metrics |= audit_counts(verdicts) | judge_counts(verdicts)
     for name, chosen in (("response_length_correct", correct), ("response_length_wrong", ~correct)):
         if chosen.any():
             metrics[name] = float(lengths[chosen].mean())

@@ -24,6 +24,7 @@ from phi4r.console import say
 from phi4r.data.order import epoch_order
 from phi4r.data.packing import Document, PackedRow, pack, unpack
 from phi4r.parallel.layout import distributed_session, init_layout
+from phi4r.rl.audit import write_audit
 from phi4r.rl.batch import grpo_loss, response_documents, with_extra
 from phi4r.rl.collect import Collector
 from phi4r.rl.problems import load_run_problems
@@ -77,6 +78,8 @@ def main(cfg: RLConfig, run_dir: Path) -> None:
                 if layout.is_main:
                     rows = (t.record(step + 1, tokenizer) for t in found.trajectories)
                     write_rollouts(run_dir, step + 1, rows)
+                    graded = ((t.problem, t.sample, t.verdict) for t in found.trajectories)
+                    write_audit(run_dir / "audit", step + 1, graded, cfg.seed)
                 metrics = found.metrics(step) | synced
                 informative = found.groups.informative_share >= cfg.objective.min_informative
                 loop.clock.phase("train")

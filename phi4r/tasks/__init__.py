@@ -14,7 +14,7 @@ index) only, never on how many were generated before it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from phi4r.errors import UserError
@@ -24,9 +24,13 @@ from phi4r.tasks.code import Code
 from phi4r.tasks.countdown import Countdown
 from phi4r.tasks.math import Math
 from phi4r.tasks.modchain import ModChain
+from phi4r.verify.audit import with_second
+from phi4r.verify.judge import Question, is_for_judge, judged, start
 
 if TYPE_CHECKING:
+    from phi4r.configs.sections import RewardConfig
     from phi4r.data.records import Problem
+    from phi4r.verify.judge import Reply
     from phi4r.verify.pool import VerifierPool
     from phi4r.verify.strict import Verdict
 
@@ -57,15 +61,20 @@ def alphabet() -> str:
     return "".join(sorted(set("".join(task.alphabet for task in _TASKS.values()))))
 
 
-def grade_responses(graded: Sequence[tuple[Problem, str]], pool: VerifierPool) -> list[Verdict]:
+def grade_responses(
+    graded: Sequence[tuple[Problem, str]], pool: VerifierPool, settings: RewardConfig | None = None
+) -> list[Verdict]:
     """Verdicts on (problem, whole response) pairs, in order.
 
     Tasks with a checker of their own are settled in this process, programs run in sandboxes, as many at once
-    as `pool` has workers; the rest goes to `pool` in one batch. Raises what `VerifierPool.map` raises.
+    as `pool` has workers; the rest goes to `pool` in one batch. With `settings`, a judge is asked about
+    answers to mathematics without a box (`reward.judge_url`), and a share of the verdicts is checked a second
+    time (`reward.audit_share`). Raises what `VerifierPool.map` raises.
     """
     verdicts: list[Verdict | None] = [
         get_task(problem.task).grade(problem, response) for problem, response in graded
     ]
+    judge = _ask_judge(graded, verdicts, settings) if settings and settings.judge_url else None
     programs, algebra = list[int](), list[int]()
     for place, verdict in enumerate(verdicts):
         if verdict is None:
@@ -75,9 +84,36 @@ def grade_responses(graded: Sequence[tuple[Problem, str]], pool: VerifierPool) -
         _fill(verdicts, programs, found)
     if algebra:
         _fill(verdicts, algebra, pool.map([(graded[i][0].answer, graded[i][1]) for i in algebra]))
-    return [verdict for verdict in verdicts if verdict is not None]
+    settled = [verdict for verdict in verdicts if verdict is not None]
+    if settings is None:
+        return settled
+    places = [i for i, (problem, _) in enumerate(graded) if get_task(problem.task).name == Math.name]
+    if places and settings.audit_share:
+        checked = with_second(
+            [graded[i][0].answer for i in places], [settled[i] for i in places], pool, settings.audit_share
+        )
+        _fill(settled, places, checked)
+    if judge is not None:
+        asked, replies = judge
+        _fill(settled, asked, [judged(settled[i], reply) for i, reply in zip(asked, replies(), strict=True)])
+    return settled
 
 
-def _fill(verdicts: list[Verdict | None], places: Sequence[int], found: Sequence[Verdict]) -> None:
+def _ask_judge(
+    graded: Sequence[tuple[Problem, str]], verdicts: Sequence[Verdict | None], settings: RewardConfig
+) -> tuple[list[int], Callable[[], list[Reply]]]:
+    """The places of what a judge is asked about, and the wait for its replies."""
+    places = [
+        i
+        for i, ((problem, _), verdict) in enumerate(zip(graded, verdicts, strict=True))
+        if verdict is not None and get_task(problem.task).name == Math.name and is_for_judge(verdict)
+    ]
+    questions = [Question(graded[i][0].problem, graded[i][0].answer, graded[i][1]) for i in places]
+    return places, start(questions, settings) if questions else list
+
+
+def _fill(
+    verdicts: list[Verdict] | list[Verdict | None], places: Sequence[int], found: Sequence[Verdict]
+) -> None:
     for place, verdict in zip(places, found, strict=True):
         verdicts[place] = verdict

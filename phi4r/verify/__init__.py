@@ -3,6 +3,8 @@
     extract.py   where the answer stands: after `</think>`, in the last `\\boxed{}` (text only)
     strict.py    the tiers: string -> exact rational -> complexity gate -> math-verify with an exact guard
     pool.py      `VerifierPool`: workers with a hard deadline and a memory limit, killed and replaced
+    audit.py     a second, independent check of verdicts, and where the two disagree
+    numeric.py   answers compared by their values, without sympy: what checks math-verify
     worker.py    the program a worker runs (`python -m phi4r.verify.worker`)
     sandbox.py   programs of a model, under bubblewrap
     cli.py       `phi4r verify` and `phi4r reward`: JSONL in, JSONL out

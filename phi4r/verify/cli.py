@@ -1,6 +1,7 @@
 """`phi4r verify` and `phi4r reward`: grade a file of responses, or work out every part of their rewards.
 
-    verify   {"gold": str, "response": str} -> {"outcome": str, "answer": str}
+    verify   {"gold": str, "response": str} -> {"outcome": str, "answer": str}, with an audit also
+             {"method": str, "second": str, "second_method": str, "disagrees": bool}
     reward   {"gold": str, "response": str, "num_tokens": int, "finished": bool, "tokens"?: [int]}
              -> {"outcome", "answer", "method", "repetition_unit", and every field of `RewardParts`}
 
@@ -27,6 +28,7 @@ from phi4r.data.records import BadRow
 from phi4r.errors import UserError
 from phi4r.io import JsonlWriter
 from phi4r.rl.rewards import check_lengths, compute_reward
+from phi4r.verify.audit import disagrees, with_second
 from phi4r.verify.extract import think_block_is_valid
 from phi4r.verify.pool import VerifierPool
 from phi4r.verify.strict import Verdict
@@ -41,19 +43,22 @@ _WORDS = re.compile(r"\w+|[^\w\s]")
 
 @dataclass(frozen=True)
 class GradeReport:
-    """What a run did: `rows` = `graded` + `rejected`; `outcomes` counts the graded rows by outcome."""
+    """What a run did: `rows` = `graded` + `rejected`; `outcomes` counts the graded rows by outcome;
+    `disagreements`: of an audit."""
 
     rows: int
     graded: int
     rejected: int
     reject_file: str
     outcomes: dict[str, int]
+    disagreements: int | None = None
 
     def summary(self) -> str:
         """One line for the console."""
         counts = ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(self.outcomes.items()))
         rejected = f"; {self.rejected:,} rows rejected -> {self.reject_file}" if self.rejected else ""
-        return f"{self.graded:,} responses graded: {counts or 'none'}{rejected}"
+        apart = "" if self.disagreements is None else f"; {self.disagreements:,} disagreements"
+        return f"{self.graded:,} responses graded: {counts or 'none'}{apart}{rejected}"
 
 
 class _BadFieldError(Exception):
@@ -158,11 +163,12 @@ def _grade_file(
     reject_path: Path,
     check: Callable[[Row], None],
     result: Callable[[Row, Verdict], Row],
+    audit: bool = False,
 ) -> GradeReport:
     """Grade `source` chunk by chunk into `target`, which appears when all of it is done."""
     total = _count_rows(source)
     outcomes: Counter[str] = Counter()
-    num_rejected = 0
+    num_rejected = num_apart = 0
     with ExitStack() as stack:
         writer = stack.enter_context(JsonlWriter(target))
         progress = stack.enter_context(Progress(description, total, every=max(1, total // 20)))
@@ -183,13 +189,21 @@ def _grade_file(
                 [(row["gold"], row["response"]) for row in chunk],
                 on_done=lambda number: progress.update(progress.done + number),
             )
+            if audit:
+                verdicts = with_second([row["gold"] for row in chunk], verdicts, pool)
             for row, verdict in zip(chunk, verdicts, strict=True):
                 outcomes[verdict.outcome] += 1
+                num_apart += disagrees(verdict)
                 kept = {"id": row["id"]} if "id" in row else {}
                 writer.write(kept | result(row, verdict))
     graded = sum(outcomes.values())
     return GradeReport(
-        graded + num_rejected, graded, num_rejected, str(reject_path) if num_rejected else "", dict(outcomes)
+        graded + num_rejected,
+        graded,
+        num_rejected,
+        str(reject_path) if num_rejected else "",
+        dict(outcomes),
+        num_apart if audit else None,
     )
 
 
@@ -205,13 +219,24 @@ def run_verify(
     timeout_s: float = 5.0,
     memory_gib: float = 1.0,
     on_bad_row: OnBadRow = "stop",
+    audit: bool = False,
 ) -> GradeReport:
     """Grade every response of a JSONL file; one line of {"outcome", "answer"} each, in the same order.
 
-    `timeout_s`: CPU seconds one answer may take. A malformed row raises UserError with file, line and field
-    ("stop"; no output appears), or is written to `<target's stem>.rejects.jsonl` and left out ("skip").
+    `timeout_s`: CPU seconds one answer may take. `audit`: a second, independent method checks each answer
+    too (`verify.audit`); the lines then also have `method`, `second`, `second_method` and `disagrees`. A
+    malformed row raises UserError with file, line and field ("stop"; no output appears), or is written to
+    `<target's stem>.rejects.jsonl` and left out ("skip").
     """
     source, target = Path(source), Path(target)
+
+    def result(_: Row, verdict: Verdict) -> Row:
+        row = {"outcome": verdict.outcome, "answer": verdict.answer or ""}
+        if not audit:
+            return row
+        methods = {name: getattr(verdict, name) for name in ("method", "second", "second_method")}
+        return row | methods | {"disagrees": disagrees(verdict)}
+
     with VerifierPool(workers, timeout_s, memory_gib) as pool:
         return _grade_file(
             "verify",
@@ -221,7 +246,8 @@ def run_verify(
             on_bad_row,
             _reject_path(target),
             _check_verify_row,
-            lambda _, verdict: {"outcome": verdict.outcome, "answer": verdict.answer or ""},
+            result,
+            audit,
         )
 
 

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import selectors
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import cast
 
@@ -98,7 +99,7 @@ class _Worker:
 
     def give(self, task: _Task) -> bool:
         """Send a question; False if the worker has died."""
-        line = json.dumps({"id": task.id, "gold": task.question.gold, "answer": task.question.answer}) + "\n"
+        line = json.dumps({"id": task.id, **asdict(task.question)}) + "\n"
         assert self.process.stdin is not None
         self.started = time.monotonic()
         self._cpu_at_start = _cpu_seconds(self.pid) or 0.0
@@ -243,10 +244,33 @@ class VerifierPool:
         """Grade one response."""
         return self.map([(gold, response)])[0]
 
+    def ask(self, questions: Sequence[SymbolicQuestion], seconds: float) -> list[Verdict]:
+        """What workers say to questions, in order: each under the pool's deadline and memory limit, all of
+        them within `seconds`. Those that are open then are "error", "skipped"."""
+        assert not self._closed, "the pool is closed"
+        waiting: deque[_Task] = deque()
+        for index, question in enumerate(questions):
+            self._next_id += 1
+            waiting.append(_Task(self._next_id, index, question, question.answer))
+        verdicts: dict[int, Verdict] = {}
+        if waiting:
+            try:
+                self._run(waiting, verdicts, None, time.monotonic() + seconds)
+            finally:
+                self._drop_busy()
+        return [
+            verdicts.get(index) or Verdict("error", question.answer, "skipped")
+            for index, question in enumerate(questions)
+        ]
+
     # --- the event loop
 
     def _run(
-        self, waiting: deque[_Task], verdicts: dict[int, Verdict], on_done: Callable[[int], None] | None
+        self,
+        waiting: deque[_Task],
+        verdicts: dict[int, Verdict],
+        on_done: Callable[[int], None] | None,
+        until: float = math.inf,
     ) -> None:
         def record(task: _Task, outcome: Outcome, method: str, seconds: float) -> None:
             verdicts[task.index] = Verdict(outcome, task.answer, method, seconds)
@@ -256,7 +280,7 @@ class VerifierPool:
         with self._selector() as selector:
             while True:
                 busy = sum(worker.task is not None for worker in self._workers)
-                if not waiting and not busy:
+                if (not waiting and not busy) or time.monotonic() >= until:
                     return
                 self._start_missing(min(self.num_workers, busy + len(waiting)), selector)
                 for worker in list(self._workers):
@@ -268,7 +292,7 @@ class VerifierPool:
                         else:
                             self._remove(worker, selector, kill=True)
                 if self._workers:
-                    self._wait(selector, record)
+                    self._wait(selector, record, until)
 
     def _drop_busy(self) -> None:
         """After an interrupt: a worker that is still at a question must not answer it to the next caller."""
@@ -299,13 +323,16 @@ class VerifierPool:
             worker.stop()
 
     def _wait(
-        self, selector: selectors.BaseSelector, record: Callable[[_Task, Outcome, str, float], None]
+        self,
+        selector: selectors.BaseSelector,
+        record: Callable[[_Task, Outcome, str, float], None],
+        until: float = math.inf,
     ) -> None:
-        """Wait for a reply or the next deadline, whichever is first, and deal with both."""
+        """Wait for a reply, the next deadline or `until`, whichever is first, and deal with what came."""
         engaged = [worker for worker in self._workers if worker.task is not None or not worker.ready]
         now = time.monotonic()
         left = min((worker.seconds_left(now) for worker in engaged), default=0.0)
-        for key, _ in selector.select(timeout=max(left, 0.01)):
+        for key, _ in selector.select(timeout=max(min(left, until - now), 0.01)):
             self._receive(cast(_Worker, key.data), selector, record)
         now = time.monotonic()
         for worker in list(self._workers):

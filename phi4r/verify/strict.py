@@ -7,7 +7,8 @@ this process.
 2. equal after normalising the notation             -> correct   ("string")
 3. both are rational numbers in plain notation      -> exact comparison ("rational"); a decimal of six or more
                                                        significant digits may be the other's rounding
-                                                       ("rounded")
+                                                       ("rounded"); a percentage equals both `7` and `0.07`
+                                                       ("percentage"): problems state them either way
 4. one of them is a plain word                      -> wrong     ("word"): words are equal as strings or not
 5. too long, too deep, too explosive to evaluate    -> error     ("too_complex"): not graded, so not "wrong"
 6. several answers where one is asked for           -> wrong     ("list"): `7,8`, and `7,7` too
@@ -15,9 +16,8 @@ this process.
 
 What is left needs `compare_symbolically` (math-verify, in a worker process), "symbolic": correct or wrong,
 positives re-checked, because math-verify compares floating-point numbers at about 6 digits (it takes 1/2^99
-for 1/2^98). A percentage equals both `7` and `0.07`, and a number base that only one side names is
-overlooked: problems state them either way. "unparsed": an answer that is not mathematics is wrong; a gold
-answer that is not is an error of the data.
+for 1/2^98). A number base that only one side names is overlooked: problems state them either way.
+"unparsed": an answer that is not mathematics is wrong; a gold answer that is not is an error of the data.
 """
 
 from __future__ import annotations
@@ -54,12 +54,16 @@ class Verdict:
     `outcome`: "correct", "wrong", "no_answer", "timeout" (killed at the deadline) or "error" (could not be
     graded). `answer`: the extracted text, None if there is none. `method`: the tier that decided, or the
     reason. `seconds`: time the comparison took in its worker; 0.0 when it was settled in this process.
+    `second`, `second_method`: what another method found in an audit (`verify.audit`), "" without one; never
+    part of a reward.
     """
 
     outcome: Outcome
     answer: str | None
     method: str
     seconds: float = 0.0
+    second: Outcome | Literal[""] = ""
+    second_method: str = ""
 
     @property
     def correct(self) -> bool:
@@ -69,10 +73,14 @@ class Verdict:
 
 @dataclass(frozen=True)
 class SymbolicQuestion:
-    """A comparison that text alone cannot settle: both sides normalised, safe to hand to a worker."""
+    """A comparison that text alone cannot settle: both sides normalised, safe to hand to a worker.
+
+    `method`: "symbolic" decides; an audit asks "plain" (both sides as they are written) or "numeric".
+    """
 
     gold: str
     answer: str
+    method: Literal["symbolic", "plain", "numeric"] = "symbolic"
 
 
 # --- normalising
@@ -146,6 +154,23 @@ def exact_rational(text: str) -> Fraction | None:
         numerator, denominator = int(frac[2] or frac[3]), int(frac[4] or frac[5])
         return (-1 if frac[1] == "-" else 1) * Fraction(numerator, denominator) if denominator else None
     return None
+
+
+_PERCENTAGE = re.compile(r"(.+?) ?\\?%")
+
+
+def _same_percentage(gold: str, answer: str) -> bool | None:
+    """Whether a percentage equals the other side, a rational number that is one too, or is meant as one (`7`)
+    or as its value (`0.07`); None where this is no such pair."""
+    sides = [_PERCENTAGE.fullmatch(text) for text in (gold, answer)]
+    texts = [side[1] if side else text for side, text in zip(sides, (gold, answer), strict=True)]
+    one, other = map(exact_rational, texts)
+    if one is None or other is None or not any(sides):
+        return None
+    if all(sides):
+        return one == other
+    percent, plain = (one, other) if sides[0] else (other, one)
+    return plain in (percent, percent / 100)
 
 
 def _is_rounding_of(decimal: str, exact: Fraction) -> bool:
@@ -250,6 +275,9 @@ def compare_quickly(gold: str, answer: str) -> tuple[Outcome, str] | SymbolicQue
         ):
             return "correct", "rounded"
         return "wrong", "rational"
+    same_percentage = _same_percentage(gold_text, answer_text)
+    if same_percentage is not None:
+        return ("correct" if same_percentage else "wrong"), "percentage"
     if _is_word(gold_text) or _is_word(answer_text):
         return "wrong", "word"
     if is_too_complex(answer_text) or is_too_complex(gold_text):

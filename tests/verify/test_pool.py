@@ -9,9 +9,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from benchmarks.verifier import read_cases
+from phi4r.verify.audit import with_second
 from phi4r.verify.pool import VerifierPool, VerifierUnavailableError
 
 # Passes the complexity gate, and sympy works on it for minutes.
@@ -107,68 +110,31 @@ def test_a_worker_killed_at_its_question_makes_that_one_an_error_and_no_other(po
     assert pool.grade("x+1", BOXED % "1+x").outcome == "correct"
 
 
-ADVERSARIAL = [
-    *(
-        "9^{9^9}",
-        r"9^{9^{9^{9}}}",
-        "((9!)!)!",
-        "(10^8)!",
-        r"\binom{10^9}{5\cdot 10^8}",
-        r"\prod_{k=1}^{10^7} k",
-    ),
-    *("7" * 100_000, "x" * 100_000, r"\frac{" * 400 + "1", "(" * 5000, "{" * 5000, r"\boxed{" * 20_000),
-    *(
-        r"\boxed{\boxed{8}}",
-        "7,7",
-        "7, 8",
-        "{7},{7}",
-        "７",
-        "Ⅶ",
-        "٧" * 50,
-        "💥7",
-        "\x00",
-        "7\u200b8",
-        "$7$8",
-        r"7\\8",
-    ),
-    *(
-        "__import__('os').system('true')",
-        r"\input{/etc/passwd}",
-        "1/0",
-        r"\frac{0}{0}",
-        "nan",
-        "inf",
-        r"\infty",
-    ),
-    *(
-        "-7",
-        "7i",
-        "6.9999",
-        "7 or 8",
-        "7!",
-        "[7,8]",
-        r"\{7,8\}",
-        "x=8",
-        "7=8",
-        "7x",
-        "7<8",
-        r"7\neq 7",
-    ),
-]
-
-
 @pytest.mark.proves(
     "Answers that hang, explode or inject code never count as right",
-    how="a list of them, a deadline over all",
+    how="a list of them, a deadline over all; a file that injected code would make",
 )
-def test_hostile_answers_are_never_right_and_never_hang(pool: VerifierPool) -> None:
-    started = time.monotonic()
-    verdicts = pool.map([job("7", answer) for answer in ADVERSARIAL])
+def test_hostile_answers_are_never_right_never_hang_and_run_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cases of the category "adversarial" (benchmarks/verifier_cases.jsonl), by both checks."""
+    cases = [case for case in read_cases() if case["category"] == "adversarial"]
+    assert len(cases) > 60
+    assert max(len(case["response"]) for case in cases) > 100_000
+    assert sum("phi4r_canary" in case["response"] for case in cases) > 3
+    monkeypatch.chdir(tmp_path)
+    with VerifierPool(2, timeout_s=2.0) as pool:
+        pool.warm()
+        started = time.monotonic()
+        golds = [case["gold"] for case in cases]
+        verdicts = pool.map([(case["gold"], case["response"]) for case in cases])
+        verdicts = with_second(golds, verdicts, pool)
+        assert time.monotonic() - started < 120
+        assert pool.grade("x+1", BOXED % "1+x").correct
     assert [
-        answer[:20] for answer, verdict in zip(ADVERSARIAL, verdicts, strict=True) if verdict.correct
+        case["response"][-40:] for case, verdict in zip(cases, verdicts, strict=True) if verdict.correct
     ] == []
-    assert time.monotonic() - started < 120
-    assert pool.grade("x+1", BOXED % "1+x").correct
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_answers_that_need_no_algebra_start_no_process() -> None:
@@ -192,6 +158,7 @@ def test_progress_counts_every_job_once(pool: VerifierPool) -> None:
 def test_workers_have_a_memory_limit_and_no_secrets(
     pool: VerifierPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pool.warm()
     for pid in pool.worker_pids():
         with open(f"/proc/{pid}/limits") as file:
             limits = {line[:26].strip(): line[26:].split()[0] for line in file}

@@ -41,6 +41,9 @@ from phi4r.verify.strict import (
         ("-1/2", r"\frac{-1}{2}", "rational"),
         (r"\frac{1}{3}", "0.333333", "rounded"),
         ("0.6666667", "2/3", "rounded"),
+        ("-3", r"-3\%", "percentage"),
+        (r"50\%", "0.5", "percentage"),
+        ("12.5%", r"\frac{25}{2}\%", "percentage"),
     ],
 )
 def test_right_answers(gold: str, answer: str, method: str) -> None:
@@ -58,6 +61,9 @@ def test_right_answers(gold: str, answer: str, method: str) -> None:
         (f"1/{2**99}", f"1/{2**98}", "rational"),
         (f"1/{2**99}", "0.000000", "rational"),
         ("7", "-7", "rational"),
+        ("7", r"8\%", "percentage"),
+        (r"50\%", "5", "percentage"),
+        ("7%", r"-7\%", "percentage"),
         ("blue", "red", "word"),
         ("7", "seven", "word"),
         ("1010_2", "1010_3", "subscript"),
