@@ -23,12 +23,12 @@ import numpy as np
 
 from phi4r.configs.stages import RLConfig
 from phi4r.console import say
-from phi4r.data.order import items_of_step
 from phi4r.data.records import Problem
 from phi4r.data.tokenizer import Tokenizer
 from phi4r.parallel.layout import broadcast_object
 from phi4r.rl.advantages import Advantages
 from phi4r.rl.ahead import AheadFolder
+from phi4r.rl.curriculum import open_draws
 from phi4r.rl.grade import grade, to_samples, to_trajectories
 from phi4r.rl.rollout import Completion, Pending, RolloutEngine, SampleRequest, SamplingOptions
 from phi4r.rl.types import Trajectory
@@ -36,8 +36,8 @@ from phi4r.verify.audit import audit_counts
 from phi4r.verify.judge import judge_counts
 from phi4r.verify.pool import VerifierPool
 
-# Separate the uses of a run's seed: drawing prompts, sampling.
-PROMPT_STREAM, SAMPLE_STREAM = 21, 22
+# Separates sampling from the other uses of a run's seed.
+SAMPLE_STREAM = 22
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ class _Draw:
 class Collector:
     """Gives the loop the samples of each step. All ranks call, with the same arguments.
 
-    next_draw: the first draw that was not trained on yet; the run remembers it.
+    next_draw: the first draw that was not trained on yet; draws_state: what their order depends on
+    (`rl.curriculum`); the run remembers both.
     """
 
     def __init__(
@@ -96,11 +97,13 @@ class Collector:
         prompts: Sequence[tuple[int, ...]],
         run_dir: Path,
         next_draw: int,
+        draws_state: dict[str, Any] | None = None,
     ) -> None:
         self.cfg, self.sampler, self.verifier, self.tokenizer = cfg, sampler, verifier, tokenizer
         self.problems, self.prompts, self.next_draw = problems, prompts, next_draw
         self.ahead: _Draw | None = None
         self.folder = AheadFolder(run_dir)
+        self.draws = open_draws(cfg.rollout, cfg.seed, problems, next_draw, draws_state)
         if cfg.rollout.staleness:
             self._restore()
 
@@ -130,7 +133,7 @@ class Collector:
         cfg = self.cfg.rollout
         requests = [
             SampleRequest(self.prompts[item], (self.cfg.seed, SAMPLE_STREAM, number, index, sample))
-            for index, item in enumerate(self._items(number))
+            for index, item in enumerate(self.draws.items(number))
             for sample in range(cfg.group_size)
         ]
         draw = _Draw(number)
@@ -143,10 +146,6 @@ class Collector:
         options = SamplingOptions(cfg.max_new_tokens, cfg.temperature)
         draw.pending = self.sampler.start(requests, options, done)
         return draw
-
-    def _items(self, number: int) -> list[int]:
-        per_draw = self.cfg.rollout.prompts_per_step
-        return items_of_step(len(self.problems), self.cfg.seed, PROMPT_STREAM, number, per_draw)
 
     def collect(self) -> StepSamples:
         """The samples of the next draws, until enough groups are informative or `rollout.max_draws` are done.
@@ -178,7 +177,7 @@ class Collector:
     def _finish(self, draw: _Draw) -> tuple[list[Trajectory], Advantages]:
         """`group_size` verified and rewarded samples per problem. Rank 0 verifies; every rank gets the same
         trajectories."""
-        cfg, items = self.cfg, self._items(draw.number)
+        cfg, items = self.cfg, self.draws.items(draw.number)
         problems = [self.problems[item] for item in items]
         prompts = [self.prompts[item] for item in items]
         samples = to_samples(draw.wait(), prompts, cfg.rollout.group_size, self.tokenizer)
@@ -187,6 +186,8 @@ class Collector:
             settings = cfg.reward.resolved(cfg.rollout.max_new_tokens)
             graded = grade(samples, problems, settings, self.verifier)
         verdicts, rewards = broadcast_object(graded)
+        right = np.array([v.correct for v in verdicts]).reshape(len(items), -1).sum(1)
+        self.draws.record(draw.number, right.tolist(), cfg.rollout.group_size)
         return to_trajectories(
             samples, problems, verdicts, rewards, cfg.rollout.group_size, cfg.objective
         )  # fmt: skip

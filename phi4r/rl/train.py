@@ -62,6 +62,7 @@ def main(cfg: RLConfig, run_dir: Path) -> None:
             collector = Collector(
                 cfg, sampler, verifier, tokenizer, problems, prompts, run_dir,
                 next_draw=loop.state.get("num_draws", loop.start_step),
+                draws_state=loop.state.get("curriculum"),
             )  # fmt: skip
             for step in loop.steps():
                 loop.begin_step()
@@ -72,7 +73,7 @@ def main(cfg: RLConfig, run_dir: Path) -> None:
                 loop.clock.phase("rollout")
                 found = collector.collect()
                 loop.clock.sampled(found.sampling)
-                loop.state["num_draws"] = collector.next_draw
+                loop.state |= {"num_draws": collector.next_draw, "curriculum": collector.draws.state()}
                 if cfg.rollout.staleness and step + 1 < cfg.train.num_steps:
                     collector.sample_ahead()
                 if layout.is_main:

@@ -37,8 +37,11 @@ CASES = {
     "sft": SFT,
     "sft-dp2": [*SFT, "--parallel.dp", "2"],
     "rl": RL,
-    "rl-ahead": [*RL, "--rollout.staleness", "1", "--objective.importance_cap", "2"],
-}
+    "rl-ahead": [
+        *RL, "--rollout.staleness", "1", "--objective.importance_cap", "2",
+        "--rollout.curriculum", "pass_rate",
+    ],
+}  # fmt: skip
 DEADLINE_S = 240
 
 

@@ -14,7 +14,8 @@ from phi4r.data.order import items_of_step
 from phi4r.data.records import Problem
 from phi4r.data.tokenizer import Tokenizer
 from phi4r.parallel.layout import init_layout
-from phi4r.rl.collect import PROMPT_STREAM, SAMPLE_STREAM, Collector, StepSamples
+from phi4r.rl.collect import SAMPLE_STREAM, Collector, StepSamples
+from phi4r.rl.curriculum import PROMPT_STREAM
 from phi4r.rl.rollout import Completion, Done, Pending, SampleRequest, SamplingOptions
 from phi4r.tasks import get_task
 from phi4r.verify.pool import VerifierPool

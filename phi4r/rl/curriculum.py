@@ -1,0 +1,199 @@
+"""Which prompts a draw gets: the epochs' permutations, or those that have something left to teach first.
+
+`rollout.curriculum` = "none": every problem comes exactly once an epoch, in an order that (seed, epoch) fixes
+(`data.order`).
+
+"pass_rate": every problem has a running pass rate, (right + 1/2) / (samples + 1) over its own samples, older
+ones weighted by `DECAY` a visit; the `pass_rate` that curation wrote into the problem counts as
+`PRIOR_SAMPLES` of them. An epoch holds, without replacement,
+
+    each problem exactly once whose rate is unknown or lies within `curriculum_low` .. `curriculum_high`
+    each other problem in one epoch of `curriculum_rest`, by turns: no problem is forgotten, and the rate of
+    one that has become easier or harder is measured again
+
+in a random order in which the first kind stands before the second with odds `curriculum_rest` : 1
+(exponential keys; Efraimidis and Spirakis 2006). The order of an epoch is fixed when its first prompt is
+drawn, from the results of all draws before that one, less those that may still be in flight then:
+`rollout.staleness` x `rollout.max_draws`. So draws depend on the seed and on results, never on timing: a
+resumed run draws what an uninterrupted one draws, and a draw that is sampled ahead keeps its prompts.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from phi4r.configs.sections import RolloutConfig
+from phi4r.data.order import items_of_step
+from phi4r.data.records import Problem
+from phi4r.errors import UserError
+
+# Separate the uses of a run's seed: drawing prompts, sampling (`rl.collect`), orders of a curriculum.
+PROMPT_STREAM, CURRICULUM_STREAM = 21, 26
+
+DECAY = 0.5
+PRIOR_SAMPLES = 8.0
+
+Counts = Mapping[int, tuple[float, float]]
+"""Problem -> (right samples, all samples), decayed; problems without samples are not in it."""
+
+
+def pass_rate(counts: Counts, item: int) -> float | None:
+    """The running pass rate of a problem with Jeffreys' prior; None without samples."""
+    right, samples = counts.get(item, (0.0, 0.0))
+    return (right + 0.5) / (samples + 1.0) if samples else None
+
+
+def with_results(counts: Counts, results: Iterable[tuple[int, int, int]]) -> dict[int, tuple[float, float]]:
+    """The counts after visits (problem, right samples, all samples)."""
+    new = dict(counts)
+    for item, right, samples in results:
+        before, all_before = new.get(item, (0.0, 0.0))
+        new[item] = (DECAY * before + right, DECAY * all_before + samples)
+    return new
+
+
+def epoch_items(
+    num_items: int, counts: Counts, band: tuple[float, float], rest: int, seed: int, epoch: int
+) -> list[int]:
+    """The problems of an epoch in their order; a pure function."""
+    rates = [pass_rate(counts, item) for item in range(num_items)]
+    inside = np.array([rate is None or band[0] <= rate <= band[1] for rate in rates])
+    turns = np.array([zlib.crc32(f"{seed} {item}".encode()) % rest for item in range(num_items)])
+    members = np.flatnonzero(inside | (turns == epoch % rest))
+    keys = np.random.default_rng([seed, CURRICULUM_STREAM, epoch]).exponential(size=num_items)
+    keys *= np.where(inside, 1.0, float(rest))
+    order: list[int] = members[np.argsort(keys[members], kind="stable")].tolist()
+    return order
+
+
+class PromptDraws(Protocol):
+    """Which problems draw number `draw` gets. The same calls give the same answers on every rank."""
+
+    def items(self, draw: int) -> list[int]:
+        """Problems of a draw; draws are opened in order, and may be asked for again until recorded."""
+
+    def record(self, draw: int, right: Sequence[int], samples: int) -> None:
+        """The results of a draw: right samples of each of its problems, of `samples` each."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint has to remember, plain JSON."""
+
+
+class EpochDraws:
+    """Every problem once an epoch; nothing to remember."""
+
+    def __init__(self, num_items: int, seed: int, per_draw: int) -> None:
+        self.num_items, self.seed, self.per_draw = num_items, seed, per_draw
+
+    def items(self, draw: int) -> list[int]:
+        """The permutations of the epochs, one after another, cut into draws."""
+        return items_of_step(self.num_items, self.seed, PROMPT_STREAM, draw, self.per_draw)
+
+    def record(self, draw: int, right: Sequence[int], samples: int) -> None:
+        """Changes nothing."""
+
+    def state(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+
+class PassRateDraws:
+    """Draws by running pass rates. `lag`: draws that may be open when another one is begun."""
+
+    def __init__(
+        self,
+        num_items: int,
+        seed: int,
+        rollout: RolloutConfig,
+        known_rates: Mapping[int, float],
+        first_draw: int,
+        state: Mapping[str, Any] | None,
+    ) -> None:
+        self.num_items, self.seed, self.rollout = num_items, seed, rollout
+        self.lag = rollout.staleness * rollout.max_draws
+        self.counts: dict[int, tuple[float, float]] = {
+            item: (PRIOR_SAMPLES * rate, PRIOR_SAMPLES) for item, rate in known_rates.items()
+        }
+        self.epoch = -1
+        self.left: list[int] = []
+        self.next = first_draw
+        self.open: dict[int, list[int]] = {}
+        self.results: dict[int, list[tuple[int, int, int]]] = {}
+        if state:
+            self._restore(state)
+
+    def items(self, draw: int) -> list[int]:
+        """The next problems of the epoch's order; its last draw goes on with the next epoch."""
+        while draw >= self.next:
+            self.open[self.next] = self._draw()
+            self.next += 1
+        return self.open[draw]
+
+    def _draw(self) -> list[int]:
+        items: list[int] = []
+        while len(items) < self.rollout.prompts_per_step:
+            if not self.left:
+                self._begin_epoch()
+            number = self.rollout.prompts_per_step - len(items)
+            items, self.left = items + self.left[:number], self.left[number:]
+        return items
+
+    def _begin_epoch(self) -> None:
+        due = [draw for draw in sorted(self.results) if draw < self.next - self.lag]
+        late = [draw for draw in self.open if draw < self.next - self.lag]
+        assert not late, f"draws {late} have no results yet, and draw {self.next} begins an epoch"
+        for draw in due:
+            self.counts = with_results(self.counts, self.results.pop(draw))
+        self.epoch += 1
+        rollout = self.rollout
+        band = (rollout.curriculum_low, rollout.curriculum_high)
+        self.left = epoch_items(
+            self.num_items, self.counts, band, rollout.curriculum_rest, self.seed, self.epoch
+        )
+
+    def record(self, draw: int, right: Sequence[int], samples: int) -> None:
+        """Close a draw; its results are used from the next epoch on."""
+        items = self.open.pop(draw)
+        self.results[draw] = [(item, int(r), samples) for item, r in zip(items, right, strict=True)]
+
+    def state(self) -> dict[str, Any]:
+        """All of it, as lists."""
+        return {
+            "num_items": self.num_items,
+            "epoch": self.epoch,
+            "left": list(self.left),
+            "next": self.next,
+            "open": [[draw, list(items)] for draw, items in self.open.items()],
+            "results": [[draw, [list(row) for row in rows]] for draw, rows in self.results.items()],
+            "counts": [[item, right, samples] for item, (right, samples) in self.counts.items()],
+        }
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        if state["num_items"] != self.num_items:
+            raise UserError(
+                f"the checkpoint's curriculum is of {state['num_items']} problems, this run has"
+                f" {self.num_items}: rollout.curriculum needs the same problems"
+            )
+        self.epoch, self.left, self.next = state["epoch"], list(state["left"]), state["next"]
+        self.open = {draw: list(items) for draw, items in state["open"]}
+        self.results = {draw: [(i, r, n) for i, r, n in rows] for draw, rows in state["results"]}
+        self.counts = {item: (right, samples) for item, right, samples in state["counts"]}
+
+
+def open_draws(
+    rollout: RolloutConfig,
+    seed: int,
+    problems: Sequence[Problem],
+    first_draw: int,
+    state: Mapping[str, Any] | None = None,
+) -> PromptDraws:
+    """The draws of a run from `first_draw` on. `state`: what its checkpoint remembers, if it has one."""
+    if rollout.curriculum == "none":
+        return EpochDraws(len(problems), seed, rollout.prompts_per_step)
+    rates = ((item, problem.meta.get("pass_rate")) for item, problem in enumerate(problems))
+    known = {item: float(rate) for item, rate in rates if isinstance(rate, int | float)}
+    return PassRateDraws(len(problems), seed, rollout, known, first_draw, state)
