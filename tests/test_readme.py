@@ -50,6 +50,7 @@ def measured_lines() -> list[str]:
     packing, counting = native["pack_ffd", "25600"], native["ngram_repetition", "31744"]
     full = {name: float(data[name]["efficiency"]) for name in ("ffd", "next_fit", "one_per_row")}
     read = loader["read", "4096"]
+    grading = next(row for row in reversed(rows("verifier")) if row["category"] == "long")
     ours, theirs = rollout["embedded_128_slots"], rollout["transformers"]
     rates = [float(row["tokens_per_second"]) for row in (ours, theirs)]
 
@@ -70,6 +71,10 @@ def measured_lines() -> list[str]:
          f"{float(read['ratio']):.0f}x", "loader"),
         ("sampling 128 answers of 32 tokens, tiny, one core", f"{rates[0]:,.0f} tokens/s",
          f"transformers' generate: {rates[1]:,.0f}", f"{rates[0] / rates[1]:.2f}x", "rollout"),
+        (f"grading {grading['cases']} responses of 14,000 tokens, {grading['workers']} workers",
+         f"{float(grading['seconds']):.1f} s",
+         f"their second opinion: {float(grading['audit_seconds']):.1f} s",
+         f"{float(grading['accuracy']):.1%} as a person labels", "verifier"),
     ]  # fmt: skip
     return [
         f"| {what} | {ours} | {instead} | {ratio} | {link(name)} |"
