@@ -43,7 +43,8 @@ def synchronous(first: int, count: int, began: float) -> list[dict[str, Any]]:
 
 
 def ahead(count: int) -> list[dict[str, Any]]:
-    """One step off: each draw is sampled for 7 s from the 2nd second of the step before its own."""
+    """One step off: each draw is sampled from the 2nd second of the step before until its own has waited
+    for it, 8.2 s."""
     rows = []
     for index in range(count):
         t, sampled = 2 + 10.0 * index, (0.5 if index == 0 else -8.0)
@@ -51,7 +52,7 @@ def ahead(count: int) -> list[dict[str, Any]]:
         rows.append(
             row(index + 1, *start, ("rollout", t, t + 0.2), ("sync", t + 0.2, t + 1),
                 ("rollout", t + 1, t + 2), ("train", t + 2, t + 10),
-                ("sampling", t + sampled, t + sampled + (1 if index == 0 else 7)))
+                ("sampling", t + sampled, t + sampled + (1 if index == 0 else 8.2)))
         )  # fmt: skip
     return rows
 
@@ -83,8 +84,10 @@ def test_the_spans_are_those_of_the_log_from_the_start_of_the_run() -> None:
 
 def test_a_draw_that_was_sampled_ahead_lies_in_the_step_before() -> None:
     found = read(ahead(4))
-    assert [(s.start, s.end) for s in found.lanes["rollouts"]] == [(2.5, 3.5), (4, 11), (14, 21), (24, 31)]
-    assert found.share("rollouts", "sampling") == pytest.approx(22 / 42)
+    assert [(s.start, s.end) for s in found.lanes["rollouts"]] == [
+        (2.5, 3.5), pytest.approx((4, 12.2)), pytest.approx((14, 22.2)), pytest.approx((24, 32.2)),
+    ]  # fmt: skip
+    assert found.share("rollouts", "sampling") == pytest.approx(25.6 / 42)
     assert found.share("trainer", "train") == pytest.approx(32 / 42)
 
 
