@@ -132,6 +132,7 @@ def test_only_answers_to_mathematics_that_were_decided_are_checked(pool: Verifie
         (r"5 \text{ cm}", "5", "correct"),
         ("-2^2", "-4", "correct"),
         ("a_{1}+a_2", "a_2+a_1", "correct"),
+        ("x^{1/2}", r"\sqrt{x}", "correct"),
         (r"|x|", "x", "wrong"),
         (r"\sqrt{x^2}", "x", "wrong"),
         ("7,7", "7,8", "wrong"),
