@@ -95,13 +95,14 @@ class Servers:
 @dataclass
 class Request:
     """prompt: tokens; length: tokens of the answer; done: of those, sampled by the last event that touched
-    it. versions: (weights, tokens sampled by them)."""
+    it. versions: (weights, tokens sampled by them); is_sent: a server has it, waiting or not."""
 
     draw: int
     prompt: int
     length: int
     done: float = 0.0
     versions: list[tuple[int, float]] = field(default_factory=list)
+    is_sent: bool = False
 
     def add(self, done: float, version: int) -> None:
         """It has come to `done` tokens, the new ones by the weights `version`."""
@@ -144,7 +145,8 @@ class _Server:
                 return
             self.waiting.popleft()
             self.context += tokens
-            self.stall_s += self.cost.request_s * (not request.versions)
+            self.stall_s += self.cost.request_s * (not request.is_sent)
+            request.is_sent = True
             self.stall_s += self.cost.prefill_s * (tokens - 1)
             end, number = self.steps + request.length - request.done - 1, next(self.order)
             self.running[number] = end, request
@@ -203,9 +205,11 @@ class _Server:
         self.waiting.appendleft(request)
 
     def interrupt(self, version: int) -> None:
-        """Every sequence waits again, those that began first before the others."""
+        """Every sequence waits again, those that began first before the others, and is sent anew."""
         while self.running:
             self._put_back(version)
+        for request in self.waiting:
+            request.is_sent = False
         self.ends, self.stall_s, self.context = [], 0.0, 0.0
 
 

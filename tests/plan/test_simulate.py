@@ -95,6 +95,16 @@ def test_keys_and_values_that_are_full_send_the_newest_back_to_be_prefilled_agai
     assert sampled(servers(kv=1000, cost=cost), [20, 20], prompt=5) == pytest.approx(1 + 19)
 
 
+def test_new_weights_interrupt_answers_which_are_sent_and_prefilled_anew() -> None:
+    cost = ServerCost(fixed_s=1.0, prefill_s=0.1, request_s=0.5)
+    fleet = Fleet(servers(cost=cost))
+    fleet.submit([Request(0, 5, 21)])
+    fleet.run_to(10.0)  # 0.5 + 0.5, then 9 steps: 10 tokens
+    fleet.update(3.0)
+    # 0.5 + 0.1 x (5 + 10) sample the 11th token, and 10 are left
+    assert fleet.finish(0) == pytest.approx(10 + 3 + 2 + 10)
+
+
 def test_servers_on_the_same_hardware_slow_each_other_down_while_both_are_busy() -> None:
     spec = Servers(count=2, costs=(ServerCost(fixed_s=1.0), ServerCost(fixed_s=2.0)), slots=1)
     # one has 4 tokens to go, the other 10: 4 steps of 2 s together, then 6 alone
