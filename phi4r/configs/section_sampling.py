@@ -54,7 +54,12 @@ class RolloutConfig:
     prompts_per_step groups have something to compare (DAPO's dynamic sampling; 1: never again)."""
     staleness: int = 0
     """Optimizer steps by which samples may lag: 0 samples with the weights that are trained, 1 samples the
-    next step's prompts while this step trains (a gain with vLLM only; needs objective.importance_cap)."""
+    next step's prompts while this step trains (a gain with vLLM only), more needs rollout.continuous. Above 0
+    objective.importance_cap is needed."""
+    continuous: bool = False
+    """Sample without a break: up to `staleness` draws beyond the needed one at once, oldest first, so that
+    its longest answer does not idle the rest. New weights interrupt unfinished answers, which go on with
+    them; every token's version is recorded, and draws are trained on whole, in the order they were drawn."""
     curriculum: Literal["none", "pass_rate"] = "none"
     """Order of prompts: every problem once an epoch, or by running pass rates: those within the band once an
     epoch and rather early, the others once in curriculum_rest epochs (phi4r/rl/curriculum.py)."""
@@ -99,9 +104,19 @@ class RolloutConfig:
             max_new_tokens=1,
             num_slots=1,
             top_k=0,
+            staleness=0,
         )
         positive("rollout", self, "temperature", "top_p", "gap_threshold", "gap_alarm")
-        require(self.staleness in (0, 1), "rollout.staleness", f"must be 0 or 1, got {self.staleness}")
+        require(
+            self.staleness in (0, 1) or self.continuous,
+            "rollout.staleness",
+            f"must be 0 or 1 without rollout.continuous, got {self.staleness}",
+        )
+        require(
+            self.staleness >= 1 or not self.continuous,
+            "rollout.continuous",
+            "needs rollout.staleness of at least 1: what is begun early is of older weights",
+        )
         between("rollout", self, 0, 1, "curriculum_low", "curriculum_high")
         require(
             self.curriculum_low <= self.curriculum_high,

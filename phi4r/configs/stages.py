@@ -235,7 +235,7 @@ class RLConfig:
         require(
             rollout.staleness == 0 or self.objective.importance_cap > 0,
             "objective.importance_cap",
-            "must be above 0 with rollout.staleness = 1: the samples are of older weights",
+            f"must be above 0 with rollout.staleness = {rollout.staleness}: the samples are of older weights",
         )
         bias = "must be {} for RL (a filtered sampler is not the policy, which biases the ratio), got {}"
         require(rollout.top_p == 1.0, "rollout.top_p", bias.format("1.0", rollout.top_p))

@@ -5,15 +5,12 @@ sampling, arXiv 2503.14476) more prompts are drawn until `prompts_per_step` grou
 logged and not trained on. Draws are numbered through the run, and (run seed, draw, prompt, sample) names the
 random stream of a sample, so the number of the next draw is all that a checkpoint has to remember.
 
-With `rollout.staleness` = 1 the next draw is sampled while this one is trained on, with weights that are one
-step old by the time it is used. Its completions go to RUN/ahead as soon as they are there: a run that is
-killed goes on with them, neither losing nor repeating a prompt.
+How a draw is sampled, and with weights of which age, is `rl.draws`' concern.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +19,14 @@ from typing import Any
 import numpy as np
 
 from phi4r.configs.stages import RLConfig
-from phi4r.console import say
 from phi4r.data.records import Problem
 from phi4r.data.tokenizer import Tokenizer
 from phi4r.parallel.layout import broadcast_object
 from phi4r.rl.advantages import Advantages
-from phi4r.rl.ahead import AheadFolder
 from phi4r.rl.curriculum import open_draws
+from phi4r.rl.draws import ContinuousDraws, DrawSampler, StepDraws
 from phi4r.rl.grade import grade, to_samples, to_trajectories
-from phi4r.rl.rollout import Completion, Pending, RolloutEngine, SampleRequest, SamplingOptions
+from phi4r.rl.rollout import Completion, RolloutEngine, SampleRequest
 from phi4r.rl.types import Trajectory
 from phi4r.verify.audit import audit_counts
 from phi4r.verify.judge import judge_counts
@@ -44,7 +40,8 @@ SAMPLE_STREAM = 22
 class StepSamples:
     """`trajectories`: all that were sampled, draw after draw, prompts numbered through them; `groups`: their
     report, [P, G]; `used`: those to train on; `sampling`: from when to when (`time.perf_counter`) engines
-    sampled, waited for or not, on rank 0; nothing for what an earlier start of the run had sampled."""
+    sampled, waited for or not (continuously: only while they were waited for), on rank 0; nothing for what an
+    earlier start of the run had sampled."""
 
     trajectories: list[Trajectory]
     groups: Advantages
@@ -54,37 +51,23 @@ class StepSamples:
 
     def metrics(self, step: int) -> dict[str, Any]:
         """Of everything that was sampled, the number of groups that are trained on, and how many optimizer
-        steps old the oldest sample is at `step`."""
+        steps older than `step` the weights are that sampled a token: at most, and on average."""
+        spans = [span for t in self.trajectories for span in t.sample.version_spans]
+        num_tokens = sum(count for _, count in spans)
         return rollout_metrics(self.trajectories, self.groups) | {
             "draws": self.num_draws,
             "used_groups": len(self.used) // self.groups.advantages.shape[1],
-            "staleness": step - min(t.sample.policy_version for t in self.trajectories),
+            "staleness": max(step - version for version, _ in spans),
+            "mean_staleness": sum((step - version) * count for version, count in spans) / num_tokens,
             "sampling_seconds": sum(end - start for start, end in self.sampling),
         }
-
-
-class _Draw:
-    """A draw that is being sampled, or is in RUN/ahead from an earlier start of the run."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.began = self.ended = time.perf_counter()
-        self.pending: Pending | None = None
-        self.found: list[Completion] | None = None
-
-    def wait(self) -> list[Completion]:
-        """Its completions, on every rank."""
-        if self.found is None:
-            assert self.pending is not None
-            self.found = self.pending()
-        return self.found
 
 
 class Collector:
     """Gives the loop the samples of each step. All ranks call, with the same arguments.
 
     next_draw: the first draw that was not trained on yet; draws_state: what their order depends on
-    (`rl.curriculum`); the run remembers both.
+    (`rl.curriculum`); the run remembers both. step: steps done.
     """
 
     def __init__(
@@ -98,68 +81,42 @@ class Collector:
         run_dir: Path,
         next_draw: int,
         draws_state: dict[str, Any] | None = None,
+        step: int = 0,
     ) -> None:
         self.cfg, self.sampler, self.verifier, self.tokenizer = cfg, sampler, verifier, tokenizer
         self.problems, self.prompts, self.next_draw = problems, prompts, next_draw
-        self.ahead: _Draw | None = None
-        self.folder = AheadFolder(run_dir)
         self.draws = open_draws(cfg.rollout, cfg.seed, problems, next_draw, draws_state)
-        if cfg.rollout.staleness:
-            self._restore()
+        self.sampled: DrawSampler
+        if cfg.rollout.continuous:
+            self.sampled = ContinuousDraws(cfg, sampler, self._requests, run_dir, next_draw, step)
+        else:
+            self.sampled = StepDraws(cfg, sampler, self._requests, run_dir, next_draw)
 
-    def _restore(self) -> None:
-        """Take up the draw that an earlier start of the run had sampled ahead, if it had."""
-        found = self.folder.take(self.next_draw) if self.sampler.layout.is_main else None
-        found = broadcast_object(found)
-        if found is not None:
-            say(f"rl: draw {self.next_draw} was sampled ahead of the last checkpoint and is used")
-            self.ahead = _Draw(self.next_draw)
-            self.ahead.found = found
+    def before_sync(self) -> None:
+        """Wait for what must not see other weights."""
+        self.sampled.before_sync()
 
-    def sample_ahead(self) -> None:
-        """Start sampling the next draw with the weights of the last sync."""
-        self.ahead = self._begin(self.next_draw, keep=True)
-        if self.sampler.layout.is_main:
-            # A run goes back to its newest checkpoint, or to the one before if that one is damaged.
-            steps = 2 * self.cfg.checkpoint.every + 2
-            self.folder.forget_before(self.next_draw - steps * self.cfg.rollout.max_draws)
-
-    def wait_ahead(self) -> None:
-        """Wait for what is being sampled ahead, so that the engine may be given new weights."""
-        if self.ahead is not None:
-            self.ahead.wait()
-
-    def _begin(self, number: int, keep: bool = False) -> _Draw:
-        cfg = self.cfg.rollout
-        requests = [
+    def _requests(self, number: int) -> list[SampleRequest]:
+        return [
             SampleRequest(self.prompts[item], (self.cfg.seed, SAMPLE_STREAM, number, index, sample))
             for index, item in enumerate(self.draws.items(number))
-            for sample in range(cfg.group_size)
+            for sample in range(self.cfg.rollout.group_size)
         ]
-        draw = _Draw(number)
 
-        def done(completions: list[Completion]) -> None:
-            draw.ended = time.perf_counter()
-            if keep:
-                self.folder.put(number, completions)
-
-        options = SamplingOptions(cfg.max_new_tokens, cfg.temperature)
-        draw.pending = self.sampler.start(requests, options, done)
-        return draw
-
-    def collect(self) -> StepSamples:
-        """The samples of the next draws, until enough groups are informative or `rollout.max_draws` are done.
-        Without a single informative group the first draw is what there is."""
+    def collect(self, step: int) -> StepSamples:
+        """The samples of the next draws for `step` (counted from 0), until enough groups are informative or
+        `rollout.max_draws` are done. Without a single informative group the first draw is what there is."""
         rollout = self.cfg.rollout
         per_draw, trajectories, reports = rollout.prompts_per_step, list[Trajectory](), list[Advantages]()
         sampling = list[tuple[float, float]]()
         while True:
-            draw = self.ahead or self._begin(self.next_draw)
-            self.ahead = None
-            found, groups = self._finish(draw)
+            completions, span = self.sampled.take(self.next_draw, step)
+            oldest = min(completion.version for completion in completions)
+            assert step - oldest <= rollout.staleness, f"draw {self.next_draw} is of step {oldest}"
+            found, groups = self._graded(completions)
             trajectories += [_renumbered(t, len(reports) * per_draw) for t in found]
             reports.append(groups)
-            sampling.append((draw.began, draw.ended))
+            sampling.append(span)
             self.next_draw += 1
             num_informative = sum(int(report.informative.sum()) for report in reports)
             if num_informative >= per_draw or len(reports) == rollout.max_draws:
@@ -172,22 +129,23 @@ class Collector:
         if rollout.max_draws > 1 and groups.informative.any():
             chosen = set(np.flatnonzero(groups.informative)[:per_draw].tolist())
         used = [t for t in trajectories if t.sample.prompt_index in chosen]
+        self.sampled.after_collect(self.next_draw, step)
         return StepSamples(trajectories, groups, used, len(reports), sampling)
 
-    def _finish(self, draw: _Draw) -> tuple[list[Trajectory], Advantages]:
-        """`group_size` verified and rewarded samples per problem. Rank 0 verifies; every rank gets the same
-        trajectories."""
-        cfg, items = self.cfg, self.draws.items(draw.number)
+    def _graded(self, completions: Sequence[Completion]) -> tuple[list[Trajectory], Advantages]:
+        """The next draw as `group_size` verified and rewarded samples per problem. Rank 0 verifies; every
+        rank gets the same trajectories."""
+        cfg, items = self.cfg, self.draws.items(self.next_draw)
         problems = [self.problems[item] for item in items]
         prompts = [self.prompts[item] for item in items]
-        samples = to_samples(draw.wait(), prompts, cfg.rollout.group_size, self.tokenizer)
+        samples = to_samples(completions, prompts, cfg.rollout.group_size, self.tokenizer)
         graded = None
         if self.sampler.layout.is_main:
             settings = cfg.reward.resolved(cfg.rollout.max_new_tokens)
             graded = grade(samples, problems, settings, self.verifier)
         verdicts, rewards = broadcast_object(graded)
         right = np.array([v.correct for v in verdicts]).reshape(len(items), -1).sum(1)
-        self.draws.record(draw.number, right.tolist(), cfg.rollout.group_size)
+        self.draws.record(self.next_draw, right.tolist(), cfg.rollout.group_size)
         return to_trajectories(
             samples, problems, verdicts, rewards, cfg.rollout.group_size, cfg.objective
         )  # fmt: skip

@@ -37,7 +37,7 @@ def to_samples(
                 logprobs=np.asarray(completion.logprobs, dtype=np.float32),
                 finished=completion.finished,
                 text=tokenizer.decode(text_tokens),
-                policy_version=completion.version,
+                version_spans=tuple(completion.spans),
             )
         )
     return samples

@@ -7,6 +7,9 @@ token and tells the others.
 
 Seeds are counters (design contract 4): a request's key alone fixes its stream of uniform numbers, so the
 same samples come out whatever the number of slots, the order, or the layout.
+
+Engines also sample continuously (`rl.draws`): draws are opened, those that a step needs are finished, and
+what has begun of the others goes on after the next update from its tokens so far.
 """
 
 from __future__ import annotations
@@ -53,22 +56,76 @@ class SampleRequest:
 @dataclass(frozen=True)
 class Completion:
     """tokens: sampled ids, the end token included where one came; logprobs: float32 [len(tokens)], natural
-    log; finished: False where max_new_tokens ended it; version: optimizer steps behind the weights that
-    sampled every one of the tokens."""
+    log, each under the weights that sampled its token; finished: an end token came; spans: (version, number
+    of tokens) of the weights behind the tokens, in order. A version counts optimizer steps. An unfinished one
+    of fewer than max_new_tokens is the beginning of an answer."""
 
-    tokens: list[int]
-    logprobs: list[float]
-    finished: bool
-    version: int = 0
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finished: bool = False
+    spans: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def version(self) -> int:
+        """Of the oldest weights behind a token."""
+        return min((version for version, _ in self.spans), default=0)
+
+    def is_whole(self, options: SamplingOptions) -> bool:
+        """Whether nothing can follow."""
+        return self.finished or len(self.tokens) >= options.max_new_tokens
+
+    def followed_by(self, more: Completion) -> Completion:
+        """This beginning and what was sampled after it."""
+        assert not self.finished
+        spans = [*self.spans]
+        for version, count in more.spans:
+            if spans and spans[-1][0] == version:
+                count += spans.pop()[1]
+            spans.append((version, count))
+        return Completion(
+            [*self.tokens, *more.tokens], [*self.logprobs, *more.logprobs], more.finished, spans
+        )
+
+
+@dataclass
+class OpenDraw:
+    """Requests that are sampled over one or more updates; `answers`: what there is of each, in order."""
+
+    requests: Sequence[SampleRequest]
+    options: SamplingOptions
+    answers: list[Completion]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every answer is."""
+        return all(answer.is_whole(self.options) for answer in self.answers)
+
+
+Key = tuple[int, int]
+"""(draw, request) of a sequence."""
 
 
 @dataclass
 class _Sequence:
-    index: int
+    key: Key
     prompt: tuple[int, ...]
     uniforms: np.ndarray
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    begun: Completion
+    tokens: list[int]
+    """All so far, those of `begun` included; `logprobs` goes with them."""
+    logprobs: list[float]
+
+    @classmethod
+    def of(cls, key: Key, request: SampleRequest, options: SamplingOptions, begun: Completion) -> _Sequence:
+        """The request, to go on after `begun`."""
+        stream = uniforms(request.key, options.max_new_tokens)
+        return cls(key, request.prompt_tokens, stream, begun, [*begun.tokens], [*begun.logprobs])
+
+    def completion(self, finished: bool, version: int) -> Completion:
+        """What there is of it; what is new was sampled by the weights `version`."""
+        first = len(self.begun.tokens)
+        spans = [(version, len(self.tokens) - first)] if len(self.tokens) > first else []
+        return self.begun.followed_by(Completion(self.tokens[first:], self.logprobs[first:], finished, spans))
 
 
 def uniforms(key: Sequence[int], count: int) -> np.ndarray:
@@ -127,6 +184,23 @@ class RolloutEngine(Protocol):
         """Begin to sample the completions of `requests`, in order, with the weights of the last `sync`. They
         must be waited for before the next `start` or `sync`."""
 
+    def open(
+        self,
+        number: int,
+        requests: Sequence[SampleRequest],
+        options: SamplingOptions,
+        begun: Sequence[Completion],
+    ) -> None:
+        """Sample these requests from now on, over every `sync`, until `finish`; those of a lower number come
+        first. begun: what there already is of each. Not together with `start`."""
+
+    def finish(self, number: int) -> list[Completion]:
+        """The whole answers of an open draw, waited for; on every rank."""
+
+    def unfinished(self) -> dict[int, list[Completion]]:
+        """What is known on rank 0 of the answers of every open draw: those that are whole, and of the others
+        at least what there was at the last `sync`."""
+
 
 class EmbeddedEngine:
     """Samples with the weights of `engine`. stop_ids: token ids that end a sequence; num_slots: sequences
@@ -137,6 +211,7 @@ class EmbeddedEngine:
         self.stop_ids = frozenset(stop_ids)
         self.num_slots = num_slots
         self.version = 0
+        self._open: dict[int, OpenDraw] = {}
 
     def sync(self, version: int) -> dict[str, float]:
         """Nothing has to move: the weights are the trainer's own."""
@@ -150,7 +225,6 @@ class EmbeddedEngine:
             done(completions)
         return lambda: completions
 
-    @torch.no_grad()
     def generate(
         self,
         requests: Sequence[SampleRequest],
@@ -161,35 +235,78 @@ class EmbeddedEngine:
 
         on_token(id) is called with every new token of request 0 on the ranks that sample it (to stream it).
         """
+        draw = OpenDraw(requests, options, [Completion()] * len(requests))
+        self._advance({0: draw}, 0, on_token)
+        return draw.answers
+
+    def open(
+        self,
+        number: int,
+        requests: Sequence[SampleRequest],
+        options: SamplingOptions,
+        begun: Sequence[Completion],
+    ) -> None:
+        """See `RolloutEngine`; sampled in `finish`."""
+        self._open[number] = OpenDraw(requests, options, [*begun])
+
+    def finish(self, number: int) -> list[Completion]:
+        """See `RolloutEngine`; slots that have nothing to do for this draw go on with the later ones, and
+        what has begun of them stays as it is when this draw is whole."""
+        if not self._open[number].is_whole:
+            self._advance(self._open, number)
+        return self._open.pop(number).answers
+
+    def unfinished(self) -> dict[int, list[Completion]]:
+        """See `RolloutEngine`; exact, on every rank."""
+        return {number: draw.answers for number, draw in self._open.items()}
+
+    @torch.no_grad()
+    def _advance(
+        self,
+        draws: dict[int, OpenDraw],
+        needed: int,
+        on_token: Callable[[int], None] | None = None,
+    ) -> None:
+        """Sample on every replica its share of `draws`, the lowest number first, until draw `needed` is
+        whole; the answers come to all ranks."""
         for chunk in self.engine.chunks:
             chunk.eval()
-        mine = range(self.layout.replica, len(requests), self.layout.num_replicas)
-        local = self._generate_local({i: requests[i] for i in mine}, options, on_token)
-        if self.layout.num_replicas > 1:
-            shares: list[dict[int, Completion] | None] = [None] * self.layout.world_size
-            dist.all_gather_object(shares, local if self.layout.reports else None)
-            local = {i: completion for share in shares if share for i, completion in share.items()}
-        return [local[i] for i in range(len(requests))]
-
-    def _generate_local(
-        self,
-        requests: dict[int, SampleRequest],
-        options: SamplingOptions,
-        on_token: Callable[[int], None] | None,
-    ) -> dict[int, Completion]:
-        if not requests:
-            return {}
+        options, layout = draws[needed].options, self.layout
+        assert all(draw.options == options for draw in draws.values())
         waiting = deque(
-            _Sequence(i, r.prompt_tokens, uniforms(r.key, options.max_new_tokens))
-            for i, r in requests.items()
+            _Sequence.of((number, index), draw.requests[index], options, draw.answers[index])
+            for number, draw in sorted(draws.items())
+            for index in range(layout.replica, len(draw.requests), layout.num_replicas)
+            if not draw.answers[index].is_whole(options)
         )
-        longest = max(len(r.prompt_tokens) for r in requests.values()) + options.max_new_tokens
-        slots = min(self.num_slots, len(requests))
+        local = self._sample_until(needed, waiting, options, len(draws) > 1, on_token)
+        if layout.num_replicas > 1:
+            shares: list[dict[Key, Completion] | None] = [None] * layout.world_size
+            dist.all_gather_object(shares, local if layout.reports else None)
+            local = {key: completion for share in shares if share for key, completion in share.items()}
+        for (number, index), completion in local.items():
+            draws[number].answers[index] = completion
+
+    def _sample_until(
+        self,
+        needed: int,
+        waiting: deque[_Sequence],
+        options: SamplingOptions,
+        has_more: bool,
+        on_token: Callable[[int], None] | None,
+    ) -> dict[Key, Completion]:
+        """Sample until no sequence of the draw `needed` is left, here or, where there is more to do meanwhile
+        (`has_more`), on any replica. Returns what was begun or ended."""
+        longest = max((len(s.prompt) for s in waiting), default=0) + options.max_new_tokens
+        slots = min(self.num_slots, len(waiting))
         cache = KVCache(slots, longest, self.layout.device)
+        left = sum(sequence.key[0] == needed for sequence in waiting)
         live: list[_Sequence] = []
-        done: dict[int, Completion] = {}
-        while live or waiting:
+        done: dict[Key, Completion] = {}
+        while self._is_needed(left, has_more):
             beat()
+            if not (live or waiting):
+                continue  # the other replicas still sample
             free = slots - len(live)
             # Prefilling in batches costs less than one by one: up to an eighth of the slots may stay empty,
             # but not where the last prompts would fit.
@@ -202,10 +319,19 @@ class EmbeddedEngine:
                 new = live
             if on_token:
                 for sequence in new:
-                    if sequence.index == 0:
+                    if sequence.key[1] == 0:
                         on_token(sequence.tokens[-1])
-            self._retire(cache, live, done, options)
-        return done
+            left -= sum(key[0] == needed for key in self._retire(cache, live, done, options))
+        return done | {sequence.key: sequence.completion(False, self.version) for sequence in live}
+
+    def _is_needed(self, left: int, has_more: bool) -> bool:
+        """Whether sampling goes on with `left` needed sequences here. Replicas that may go on with later
+        draws agree on it in every round, so that all stop in the same one, run after run."""
+        if not has_more or self.layout.num_replicas == 1:
+            return left > 0
+        most = torch.tensor([left], device=self.layout.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return bool(most.item())
 
     def _take(self, waiting: deque[_Sequence], free: int) -> list[_Sequence]:
         taken: list[_Sequence] = []
@@ -213,40 +339,44 @@ class EmbeddedEngine:
         while (
             waiting
             and len(taken) < free
-            and (not taken or num_tokens + len(waiting[0].prompt) <= PREFILL_TOKENS)
+            and (not taken or num_tokens + len(waiting[0].prompt) + len(waiting[0].tokens) <= PREFILL_TOKENS)
         ):
             taken.append(waiting.popleft())
-            num_tokens += len(taken[-1].prompt)
+            num_tokens += len(taken[-1].prompt) + len(taken[-1].tokens)
         return taken
 
     def _retire(
-        self, cache: KVCache, live: list[_Sequence], done: dict[int, Completion], options: SamplingOptions
-    ) -> None:
-        """Move ended sequences to `done`, filling their slots from the end so that live slots stay dense."""
-        slot = 0
+        self, cache: KVCache, live: list[_Sequence], done: dict[Key, Completion], options: SamplingOptions
+    ) -> list[Key]:
+        """Move ended sequences to `done`, filling their slots from the end so that live slots stay dense;
+        returns their keys."""
+        slot, ended = 0, list[Key]()
         while slot < len(live):
             sequence = live[slot]
             finished = sequence.tokens[-1] in self.stop_ids
             if not finished and len(sequence.tokens) < options.max_new_tokens:
                 slot += 1
                 continue
-            done[sequence.index] = Completion(sequence.tokens, sequence.logprobs, finished, self.version)
+            done[sequence.key] = sequence.completion(finished, self.version)
+            ended.append(sequence.key)
             last = live.pop()
             if slot < len(live):
                 live[slot] = last
                 cache.move(len(live), slot)
+        return ended
 
     # --- one forward through all pipeline stages
 
     def _prefill(
         self, cache: KVCache, new: list[_Sequence], first_slot: int, options: SamplingOptions
     ) -> None:
-        lengths = [len(s.prompt) for s in new]
+        """Read prompts, and what answers have so far: keys and values are those of the weights of now."""
+        lengths = [len(s.prompt) + len(s.tokens) for s in new]
         slots_T = torch.repeat_interleave(
             torch.arange(first_slot, first_slot + len(new)), torch.tensor(lengths)
         )
         positions_T = torch.cat([torch.arange(n) for n in lengths])
-        ids_T = torch.tensor([t for s in new for t in s.prompt])
+        ids_T = torch.tensor([t for s in new for t in (*s.prompt, *s.tokens)])
         bounds = np.concatenate([[0], np.cumsum(lengths)])
         cache.plan(slots_T, positions_T, decoding=False)
         last_B = torch.from_numpy(bounds[1:] - 1)

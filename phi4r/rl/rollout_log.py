@@ -4,11 +4,13 @@ A file appears whole or not at all, and writing a step again replaces it: a resu
 files as an uninterrupted one. A row has
 
     step, prompt_index, sample_index, problem_id, prompt, text, tokens, num_tokens, finished,
-    policy_version, outcome, answer, gold, reward, reward_parts {...}, advantage, rollout_logprob_mean
+    policy_version, version_spans, outcome, answer, gold, reward, reward_parts {...}, advantage,
+    rollout_logprob_mean
 
-where `policy_version` counts the optimizer steps behind the weights that sampled the row's tokens, all of
-them, `text` is the response as decoded, `outcome` the verifier's (correct, wrong, no_answer, timeout,
-error) and `rollout_logprob_mean` the sampler's mean log-prob per response token, in nats.
+where `version_spans` lists [policy version, number of tokens] of the weights that sampled the row's tokens,
+in order (a version counts optimizer steps), `policy_version` is the oldest of them, `text` is the response as
+decoded, `outcome` the verifier's (correct, wrong, no_answer, timeout, error) and `rollout_logprob_mean` the
+sampler's mean log-prob per response token, in nats.
 """
 
 from __future__ import annotations

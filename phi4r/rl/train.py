@@ -3,11 +3,11 @@
     give the sampler the weights -> draw prompts -> roll out group_size samples -> verify and reward ->
     advantages -> reference log-probs -> packed rows -> one or more optimizer steps -> log
 
-Every sample of a step comes from the weights that the step begins with or, with `rollout.staleness` = 1, from
-those of the step before, sampled while that one trained (`rl.collect`). With one update per rollout and no
-staleness the policy that is trained is the policy that sampled, the ratio is 1 by definition, and no pass for
-old log-probs is run; where the sampler is another program or lags, `objective.importance_cap` weighs what its
-log-probs differ by.
+Every sample of a step comes from the weights that the step begins with or, with `rollout.staleness` = K,
+from weights that are at most K steps older (`rl.draws`). With one update per rollout the old policy is the
+one that is trained, the ratio is 1 by definition, and no pass for old log-probs is run; where the sampler is
+another program or lags, `objective.importance_cap` weighs each token by what its log-prob under the weights
+that sampled it differs by.
 """
 
 from __future__ import annotations
@@ -61,21 +61,19 @@ def main(cfg: RLConfig, run_dir: Path) -> None:
         ):
             collector = Collector(
                 cfg, sampler, verifier, tokenizer, problems, prompts, run_dir,
-                next_draw=loop.state.get("num_draws", loop.start_step),
+                next_draw=loop.state.get("num_draws", loop.start_step), step=loop.start_step,
                 draws_state=loop.state.get("curriculum"),
             )  # fmt: skip
             for step in loop.steps():
                 loop.begin_step()
                 loop.clock.phase("rollout")
-                collector.wait_ahead()
+                collector.before_sync()
                 loop.clock.phase("sync")
                 synced = sampler.sync(step)
                 loop.clock.phase("rollout")
-                found = collector.collect()
+                found = collector.collect(step)
                 loop.clock.sampled(found.sampling)
                 loop.state |= {"num_draws": collector.next_draw, "curriculum": collector.draws.state()}
-                if cfg.rollout.staleness and step + 1 < cfg.train.num_steps:
-                    collector.sample_ahead()
                 if layout.is_main:
                     rows = (t.record(step + 1, tokenizer) for t in found.trajectories)
                     write_rollouts(run_dir, step + 1, rows)

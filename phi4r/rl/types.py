@@ -27,7 +27,8 @@ class Sample:
     it has one; `logprobs` float32 [n], the sampler's log-probability of each response token under the
     sampling distribution (before any top-p or top-k filter, at the rollout's temperature); `finished`: an
     EOS was sampled before the limit; `text`: the decoded response, think tags included, EOS not;
-    `policy_version`: optimizer steps behind the weights that sampled every one of its tokens.
+    `version_spans`: (policy version, number of tokens) of the weights behind its tokens, in order, a version
+    counting optimizer steps.
     """
 
     prompt_index: int
@@ -37,7 +38,7 @@ class Sample:
     logprobs: npt.NDArray[np.float32]
     finished: bool
     text: str
-    policy_version: int = 0
+    version_spans: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         assert len(self.tokens) == len(self.logprobs), "every response token has a log-probability"
@@ -46,6 +47,11 @@ class Sample:
     def num_tokens(self) -> int:
         """Length of the response in tokens, the EOS included: L in the reward."""
         return len(self.tokens)
+
+    @property
+    def policy_version(self) -> int:
+        """Of the oldest weights behind a token."""
+        return min((version for version, _ in self.version_spans), default=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +78,7 @@ class Trajectory:
             "num_tokens": sample.num_tokens,
             "finished": sample.finished,
             "policy_version": sample.policy_version,
+            "version_spans": [list(span) for span in sample.version_spans],
             "outcome": self.verdict.outcome,
             "answer": self.verdict.answer or "",
             "gold": self.problem.answer,

@@ -27,7 +27,7 @@ from phi4r.model.names import load_weights, random_weights
 from phi4r.model.packed import PackedContext
 from phi4r.parallel.layout import init_layout
 from phi4r.rl.batch import grpo_loss
-from phi4r.rl.rollout import EmbeddedEngine, SampleRequest, SamplingOptions
+from phi4r.rl.rollout import Completion, EmbeddedEngine, SampleRequest, SamplingOptions
 from phi4r.rl.vllm.transfer import Snapshot
 from phi4r.train.engine import Engine, TokenLoss, sft_loss
 
@@ -203,7 +203,8 @@ SAMPLING_LAYOUTS = ("tp1", "tp2", "tp2sp", "pp2", "pp2vpp2", "dp2distopt", "cp2"
 
 def sample(parallel_settings: dict[str, Any]) -> list[list[int]]:
     """Tokens sampled by the embedded engine from the same weights and counters, with fewer slots than
-    requests."""
+    requests; then the same continuously: three draws at once, each interrupted when an earlier one is
+    whole."""
     parallel = ParallelConfig(**parallel_settings)
     layout = init_layout(parallel)
     engine = Engine(MODEL, parallel, layout, TrainConfig())
@@ -213,7 +214,13 @@ def sample(parallel_settings: dict[str, Any]) -> list[list[int]]:
         SampleRequest(tuple(random.integers(0, VOCAB, int(random.integers(1, 9))).tolist()), (0, number))
         for number in range(11)
     ]
-    completions = EmbeddedEngine(engine, stop_ids=[3, 4], num_slots=4).generate(requests, SamplingOptions(20))
+    sampler, options = EmbeddedEngine(engine, stop_ids=[3, 4], num_slots=4), SamplingOptions(20)
+    completions = sampler.generate(requests, options)
+    for number in range(3):
+        drawn = requests[4 * number : 4 * number + 4]
+        sampler.open(number, drawn, options, [Completion()] * len(drawn))
+    for number in range(3):
+        completions += sampler.finish(number)
     return [completion.tokens for completion in completions]
 
 

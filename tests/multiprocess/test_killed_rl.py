@@ -28,7 +28,11 @@ WORDS = [
 MODES = {
     "synchronous": [],
     "one step ahead": ["--rollout.staleness", "1", "--objective.importance_cap", "2"],
-}
+    "continuous": [
+        "--rollout.staleness", "2", "--rollout.continuous", "--objective.importance_cap", "2",
+        "--rollout.num_slots", "10",
+    ],
+}  # fmt: skip
 
 
 def newest_rollouts(run_dir: Path) -> int:

@@ -91,6 +91,7 @@ def test_layout_samples_the_tokens_of_one_process(results: dict[str, list[list[i
     reference = results["tp1-samples"]
     assert len({len(tokens) for tokens in reference}) > 2, "sequences should end at different times"
     assert results[f"{layout}-samples"] == reference
+    assert reference[: len(reference) // 2] == reference[len(reference) // 2 :], "the second is continuous"
 
 
 @pytest.mark.parametrize("layout", layouts.SAMPLING_LAYOUTS[1:])

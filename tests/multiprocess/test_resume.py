@@ -41,6 +41,11 @@ CASES = {
         *RL, "--rollout.staleness", "1", "--objective.importance_cap", "2",
         "--rollout.curriculum", "pass_rate",
     ],
+    # fewer slots than the 48 answers of three draws: beginnings are there at every checkpoint
+    "rl-continuous": [
+        *RL, "--rollout.staleness", "2", "--rollout.continuous", "--objective.importance_cap", "2",
+        "--rollout.num_slots", "20", "--rollout.curriculum", "pass_rate",
+    ],
 }  # fmt: skip
 DEADLINE_S = 240
 
@@ -96,7 +101,11 @@ def test_a_killed_run_continues_bit_for_bit(name: str, tmp_path: Path) -> None:
     assert [row["step"] for row in resumed] == list(range(1, len(whole) + 1))
     assert resumed == whole
     if "--rollout.staleness" in words:
-        assert [row["staleness"] for row in whole] == [0, 1, 1, 1, 1, 1]
+        assert [row["staleness"] for row in whole] == [0, 1, 1, 1, 1, 1]  # two draws a step
+    if "--rollout.continuous" in words:
+        kept = (tmp_path / "whole" / "ahead").glob("open_*.jsonl")
+        lengths = {len(json.loads(line)["tokens"]) for path in kept for line in path.read_text().splitlines()}
+        assert lengths & set(range(1, 12)), "a checkpoint has beginnings of answers"
     assert "resuming" in (tmp_path / "killed.log").read_text()
     for run, num_restarts in (("whole", 0), ("killed", 1)):
         check_timeline(logged(tmp_path / run), num_restarts)

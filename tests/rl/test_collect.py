@@ -32,8 +32,11 @@ class Writer:
         self.problems, self.tokenizer, self.hard = problems, tokenizer, set(hard)
         self.layout = init_layout(ParallelConfig())
         self.keys: list[tuple[int, ...]] = []
+        self.draws: dict[int, list[Completion]] = {}
+        self.version = 0
 
     def sync(self, version: int) -> dict[str, float]:
+        self.version = version
         return {}
 
     def start(self, requests: Sequence[SampleRequest], options: SamplingOptions, done: Done) -> Pending:
@@ -42,11 +45,27 @@ class Writer:
         done(found)
         return lambda: found
 
+    def open(
+        self,
+        number: int,
+        requests: Sequence[SampleRequest],
+        options: SamplingOptions,
+        begun: Sequence[Completion],
+    ) -> None:
+        assert number not in self.draws
+        self.draws[number] = [self.answer(request.prompt_tokens[0], request.key[-1]) for request in requests]
+
+    def finish(self, number: int) -> list[Completion]:
+        return self.draws.pop(number)
+
+    def unfinished(self) -> dict[int, list[Completion]]:
+        return self.draws
+
     def answer(self, number: int, sample: int) -> Completion:
         right = int(self.problems[number].answer)
         answer = (right + 1) % 10 if number in self.hard and sample % 2 else right
         tokens = [*self.tokenizer.encode(f"<think></think>{answer}"), self.tokenizer.eos_ids[0]]
-        return Completion(tokens, [-1.0] * len(tokens), True)
+        return Completion(tokens, [-1.0] * len(tokens), True, [(self.version, len(tokens))])
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +75,11 @@ def parts() -> Iterator[Parts]:
         yield problems, Tokenizer.builtin(), pool
 
 
-def settings(max_draws: int) -> RLConfig:
+def settings(max_draws: int, *more: str) -> RLConfig:
     return load_stage(
         "rl", "tiny",
         [f"rollout.prompts_per_step={PROMPTS}", f"rollout.group_size={GROUP}",
-         f"rollout.max_draws={max_draws}", f"seed={SEED}"],
+         f"rollout.max_draws={max_draws}", f"seed={SEED}", *more],
     ).config  # fmt: skip
 
 
@@ -77,7 +96,7 @@ def collected(
     collector = Collector(
         settings(max_draws), engine, pool, tokenizer, problems, prompts, Path("unused"), first_draw
     )
-    found = collector.collect()
+    found = collector.collect(0)
     assert collector.next_draw == first_draw + found.num_draws
     return found, engine
 
@@ -119,3 +138,27 @@ def test_one_draw_keeps_every_group(parts: Parts) -> None:
     found, _ = collected(parts, drawn(0)[:1], max_draws=1)
     assert (found.num_draws, numbers(found)) == (1, drawn(0))
     assert found.used == found.trajectories
+
+
+def test_draws_that_are_sampled_continuously_are_used_in_their_order_whatever_a_step_takes(
+    parts: Parts, tmp_path: Path
+) -> None:
+    problems, tokenizer, pool = parts
+    prompts = [(number,) for number in range(NUM_PROBLEMS)]
+    hard = [drawn(0)[1], *drawn(1), *drawn(4), *drawn(5)]
+    used = []
+    for name, more in (
+        ("plain", []),
+        ("continuous", ["rollout.continuous=true", "rollout.staleness=3", "objective.importance_cap=2"]),
+    ):
+        engine = Writer(problems, tokenizer, hard)
+        cfg = settings(3, *more)
+        collector = Collector(cfg, engine, pool, tokenizer, problems, prompts, tmp_path / name, 0)
+        found = []
+        for step in range(3):
+            engine.sync(step)
+            found.append(collector.collect(step))
+        assert [one.num_draws for one in found] == [2, 3, 1]
+        used.append([numbers(one) for one in found])
+    assert used[0] == used[1]
+    assert sorted(engine.draws) == [6, 7, 8], "as many are open beyond the last one as samples may lag"

@@ -35,3 +35,17 @@ def test_filters_and_norms_are_said_as_they_are() -> None:
     )
     drawn = explain(load_stage("rl", "tiny", ["rollout.max_draws=4"]).config).splitlines()[1]
     assert drawn.endswith(", drawn up to 4 times until so many groups have rewards that differ")
+
+
+def test_the_age_of_samples_is_said() -> None:
+    def lines(*overrides: str) -> list[str]:
+        found = load_stage("rl", "tiny", ["objective.importance_cap=2", *overrides])
+        return explain(found.config).splitlines()[:2]
+
+    assert lines("rollout.staleness=1")[0] == (
+        "pi: the policy; pi_old: the weights before the step; pi_rollout: those that sampled, 1 step older"
+        " (one update per rollout: pi_old = pi, r_t = 1)"
+    )
+    policies, samples = lines("rollout.staleness=2", "rollout.continuous=true")
+    assert "pi_rollout: those that sampled the token, at most 2 steps older" in policies
+    assert samples.endswith("; 2 later draws are sampled meanwhile, each trained on whole, in its turn")

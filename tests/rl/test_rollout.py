@@ -61,6 +61,31 @@ def sample(engine: Engine, made: list[SampleRequest], num_slots: int, **options:
     return EmbeddedEngine(engine, STOP_IDS, num_slots).generate(made, settings)
 
 
+def trainers_logprobs(
+    engine: Engine, made: list[SampleRequest], completions: list[Completion], temperature: float
+) -> list[np.ndarray]:
+    """Log-probs of the sampled tokens by the trainer's own pass."""
+    documents = []
+    for request, completion in zip(made, completions, strict=True):
+        tokens = np.array([*request.prompt_tokens, *completion.tokens], dtype=np.int32)
+        documents.append(Document(tokens, np.arange(len(tokens)) >= len(request.prompt_tokens)))
+    rows = pack(documents, 64)
+    forward = unpack(rows, list(engine.forward(rows, temperature=temperature)[0]), documents)
+    return [values[len(r.prompt_tokens) :] for values, r in zip(forward, made, strict=True)]
+
+
+def rounding(trainer: np.ndarray, temperature: float) -> float:
+    """How far apart two computations of these log-probs may be.
+
+    Both compute the same sums in another order. One path through the network adds up D, H, n, N H, D and F
+    terms in a layer and D in the head; roundings of 2^-24 each add up like a random walk, and eight
+    deviations cover the largest of some hundred log-probs in two computations.
+    """
+    per_layer = 32 + 8 + 28 + 32 + 32 + 64
+    walk = math.sqrt(MODEL.num_layers * per_layer + 32) * 2.0**-24
+    return float(8 * walk * np.abs(trainer).max() / temperature)
+
+
 def tokens_of(completions: list[Completion]) -> list[list[int]]:
     return [completion.tokens for completion in completions]
 
@@ -138,22 +163,10 @@ def test_uniforms_depend_on_the_key_only() -> None:
 def test_rollout_logprobs_are_those_of_the_trainers_forward(engine: Engine, temperature: float) -> None:
     made = requests()
     completions = sample(engine, made, 5, temperature=temperature)
-    documents = []
-    for request, completion in zip(made, completions, strict=True):
-        tokens = np.array([*request.prompt_tokens, *completion.tokens], dtype=np.int32)
-        documents.append(Document(tokens, np.arange(len(tokens)) >= len(request.prompt_tokens)))
-    rows = pack(documents, 64)
-    forward = unpack(rows, list(engine.forward(rows, temperature=temperature)[0]), documents)
-    trainer = np.concatenate([v[len(r.prompt_tokens) :] for v, r in zip(forward, made, strict=True)])
+    trainer = np.concatenate(trainers_logprobs(engine, made, completions, temperature))
     rollout = np.concatenate([completion.logprobs for completion in completions])
-
-    # Both compute the same sums in another order. One path through the network adds up D, H, n, N H, D and F
-    # terms in a layer and D in the head; roundings of 2^-24 each add up like a random walk, and eight
-    # deviations cover the largest of some hundred log-probs in two computations.
-    per_layer = 32 + 8 + 28 + 32 + 32 + 64
-    walk = math.sqrt(MODEL.num_layers * per_layer + 32) * 2.0**-24
     assert np.abs(trainer).max() > 5
-    assert np.abs(rollout - trainer).max() <= 8 * walk * np.abs(trainer).max() / temperature
+    assert np.abs(rollout - trainer).max() <= rounding(trainer, temperature)
 
 
 def test_logprobs_are_of_the_sampling_temperature_before_any_filter(engine: Engine) -> None:

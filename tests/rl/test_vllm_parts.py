@@ -18,7 +18,7 @@ from phi4r.model.gpt import build_model
 from phi4r.model.names import load_weights, random_weights, weight_table
 from phi4r.parallel.layout import init_layout
 from phi4r.rl.batch import rollout_gap_sums
-from phi4r.rl.rollout import Completion
+from phi4r.rl.rollout import Completion, SampleRequest
 from phi4r.rl.train import check_gap
 from phi4r.rl.vllm.client import CONNECTIONS, Client, ServerError, seed_of
 from phi4r.rl.vllm.fleet import Board
@@ -92,7 +92,7 @@ def test_digests_tell_equal_repacked_wrong_and_missing_parameters_apart(exported
 
 def test_every_request_is_answered_once_whoever_gives_it_back() -> None:
     async def run() -> tuple[Board, list[int]]:
-        board, taken = Board(40), []
+        board, taken = Board([SampleRequest((5,), (i,)) for i in range(40)]), []
 
         async def lane(number: int) -> None:
             while (index := await board.take()) is not None:
@@ -112,6 +112,30 @@ def test_every_request_is_answered_once_whoever_gives_it_back() -> None:
     assert len(taken) > 40
     with pytest.raises(AssertionError, match="request 0 was answered twice"):
         board.answer(0, Completion([0], [0.0], True))
+
+
+def test_a_standing_board_gives_the_oldest_request_first_and_goes_on_from_what_came_back() -> None:
+    async def run() -> None:
+        told: list[tuple[int, list[int]]] = []
+        made = [SampleRequest((5,), (i,)) for i in range(5)]
+        board = Board(made[:2], stands=True, tell=lambda index, found: told.append((index, found.tokens)))
+        assert [await board.take(), await board.take()] == [0, 1]
+        board.add(made[2:], [Completion(), Completion([7], [0.0], False, [(3, 1)]), Completion()])
+        assert await board.take() == 2
+        board.give_back(1, Completion([8], [0.0], False, [(3, 1)]))
+        board.give_back(0)
+        assert [await board.take(), await board.take()] == [0, 1]
+        assert [begun.tokens for begun in board.begun] == [[], [8], [], [7], []]
+        for index in (0, 1, 2):
+            board.answer(index, Completion([index], [0.0], True, [(3, 1)]))
+        assert (board.num_held, board.finished.is_set()) == (0, False)
+        assert await board.take() == 3
+        board.stop()
+        assert [await board.take(), await board.take()] == [None, None]
+        assert board.num_held == 1
+        assert told == [(1, [8]), (0, [0]), (1, [1]), (2, [2])]
+
+    asyncio.run(asyncio.wait_for(run(), 5))
 
 
 @pytest.mark.parametrize("num_closed", [1, 2, 3])
@@ -145,7 +169,7 @@ def test_a_call_outlives_closed_connections_but_not_a_server_that_always_closes(
 
 def test_a_board_without_requests_is_finished() -> None:
     async def run() -> int | None:
-        return await asyncio.wait_for(Board(0).take(), 5)
+        return await asyncio.wait_for(Board([]).take(), 5)
 
     assert asyncio.run(run()) is None
 
@@ -155,6 +179,9 @@ def test_seeds_are_functions_of_the_counters_and_fit_in_63_bits() -> None:
     assert len(seeds) == 400
     assert seed_of((0, 1, 2, 3)) == seed_of((0, 1, 2, 3))
     assert all(0 <= seed < 2**63 for seed in seeds)
+    assert len({seed_of((0, 1, 2, 3), begun) for begun in range(50)} | seeds) == 449, (
+        "what goes on has others"
+    )
 
 
 def test_gap_sums_are_those_of_the_formulas() -> None:

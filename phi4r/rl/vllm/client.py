@@ -5,6 +5,7 @@ POST /collective_rpc              reload_weights on every worker (VLLM_SERVER_DE
 POST /reset_prefix_cache          without it, cached keys and values of older weights would be used
 POST /update_weight_version       a label, returned with every token
 POST /weight_checker              SHA-256 of each parameter
+POST /abort_requests              running requests end with the tokens that they have
 POST /init_weight_transfer_engine and what follows it: see `transfer`
 """
 
@@ -24,6 +25,7 @@ from phi4r.rl.rollout import Completion, SampleRequest, SamplingOptions
 from phi4r.rl.vllm.server import HEALTH_TIMEOUT_S, INSIDE, RECEIVES
 
 BUSY = (429, 503)
+CONTINUED_STREAM = 25
 CONNECTIONS = 3
 """Connections tried for one call: a server closes one that was idle just when it is used again."""
 UNPREPARED = ("Weight transfer not configured", "Invalid init_info")
@@ -34,8 +36,11 @@ class ServerError(Exception):
     """A server failed, hangs or holds the wrong weights: what it was asked for is to be asked elsewhere."""
 
 
-def seed_of(key: tuple[int, ...]) -> int:
-    """The seed, 63 bits, of the sample named by the counters `key`."""
+def seed_of(key: tuple[int, ...], num_begun: int = 0) -> int:
+    """The seed, 63 bits, of the sample named by the counters `key`. Where it goes on after `num_begun` tokens
+    it has another one: a server begins each request with the first random number of its seed."""
+    if num_begun:
+        key = (*key, CONTINUED_STREAM, num_begun)
     return int(SeedSequence(list(key)).generate_state(1, "uint64")[0] >> 1)
 
 
@@ -94,14 +99,20 @@ class Client:
         return response.status_code == 200
 
     async def generate(
-        self, request: SampleRequest, options: SamplingOptions, stop_ids: list[int], version: int
+        self,
+        request: SampleRequest,
+        options: SamplingOptions,
+        stop_ids: list[int],
+        version: int,
+        begun: Completion,
     ) -> Completion:
-        """Sample one response. ServerError unless every token of it was sampled by the weights `version`."""
+        """Sample one response, or what is missing after `begun`; returns the whole of it, or as much as there
+        was when it was aborted. ServerError unless every new token was sampled by the weights `version`."""
         body = {
-            "token_ids": list(request.prompt_tokens),
+            "token_ids": [*request.prompt_tokens, *begun.tokens],
             "sampling_params": {
                 "n": 1,
-                "max_tokens": options.max_new_tokens,
+                "max_tokens": options.max_new_tokens - len(begun.tokens),
                 "temperature": options.temperature,
                 "top_p": options.top_p,
                 "top_k": options.top_k,
@@ -109,7 +120,7 @@ class Client:
                 "repetition_penalty": 1.0,
                 "presence_penalty": 0.0,
                 "frequency_penalty": 0.0,
-                "seed": seed_of(request.key),
+                "seed": seed_of(request.key, len(begun.tokens)),
                 "stop_token_ids": stop_ids,
                 "ignore_eos": True,  # what ends a response is in stop_token_ids
                 "logprobs": 0,
@@ -118,11 +129,13 @@ class Client:
         }
         timeout_s = self.config.request_timeout_s
         response = await self._call("POST", "/inference/v1/generate", timeout_s, json=body)
-        return self._completion(response.json()["choices"][0], stop_ids, version)
+        return begun.followed_by(self._completion(response.json()["choices"][0], stop_ids, version))
 
     def _completion(self, choice: dict[str, Any], stop_ids: list[int], version: int) -> Completion:
-        reason, tokens = choice["finish_reason"], choice["token_ids"]
-        if reason not in ("stop", "length"):
+        reason, tokens = choice["finish_reason"], choice["token_ids"] or []
+        if reason == "abort" and not tokens:
+            return Completion()
+        if reason not in ("stop", "length", "abort"):
             raise ServerError(f"{self.url}: a response ended by {reason!r}")
         content = choice["logprobs"]["content"]
         if [entry["token_id"] for entry in content] != tokens:
@@ -135,7 +148,12 @@ class Client:
         finished = reason == "stop"
         if finished != (tokens[-1] in stop_ids):
             raise ServerError(f"{self.url}: a response ended by {reason!r} with token {tokens[-1]}")
-        return Completion(tokens, [entry["logprob"] for entry in content], finished, version)
+        logprobs = [entry["logprob"] for entry in content]
+        return Completion(tokens, logprobs, finished, [(version, len(tokens))])
+
+    async def abort(self) -> None:
+        """End all requests that run: each is answered with the tokens that it has."""
+        await self._call("POST", "/abort_requests", HEALTH_TIMEOUT_S, json={})
 
     async def load(self, folder: Path, version: int) -> None:
         """Replace the weights by those of `folder`, forget cached keys and values, and set the label last."""

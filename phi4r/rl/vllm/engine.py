@@ -4,7 +4,8 @@ All ranks hand their parts of new weights to rank 0, which writes WEIGHTS/v_0000
 it, or broadcasts them (`transfer`); it compares digests, and then has each server sample a few probe answers
 whose log-probs must be the trainer's own. `generate` therefore always samples from weights that were proved,
 and every answer's tokens carry their version. Only rank 0 speaks HTTP, in a thread; meanwhile all ranks stay
-in touch, so that a long rollout is not taken for a hang.
+in touch, so that a long rollout is not taken for a hang. Open draws are sampled in that thread from one sync
+to the next, which interrupts them once the new weights are ready (`standing`).
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ from phi4r.errors import UserError
 from phi4r.huggingface import HFWeights
 from phi4r.parallel.attempt import beat
 from phi4r.parallel.layout import broadcast_object
-from phi4r.rl.rollout import Completion, Done, Pending, SampleRequest, SamplingOptions
+from phi4r.rl.rollout import Completion, Done, OpenDraw, Pending, SampleRequest, SamplingOptions
 from phi4r.rl.vllm.fleet import Fleet, Member, Weights, weights_folder
 from phi4r.rl.vllm.registry import Order, Registry
 from phi4r.rl.vllm.server import ServerProcess
+from phi4r.rl.vllm.standing import StandingDraws
 from phi4r.rl.vllm.transfer import Snapshot, send
 from phi4r.rl.vllm.weights import Comparison, compare
 from phi4r.train.engine import Engine
@@ -82,6 +84,10 @@ class VLLMEngine:
         self.fleet = Fleet(config, self._members(run_dir, key), self.stop_ids, key=key)
         self.version: int | None = None
         self.comparison = Comparison(0, 0, [])
+        self.standing = StandingDraws()
+        self._num_open = 0
+        self._is_serving = False
+        self._serving: Future[None] | None = None
         self._pool = ThreadPoolExecutor(1, "phi4r-vllm")
         self._future: Future[Any] | None = None
         self._cancel: Callable[[], object] = lambda: None
@@ -121,6 +127,8 @@ class VLLMEngine:
         held = self._wait(self._write(version) if self.config.transfer == "files" else self._send(version))
         self.version = version
         metrics = self._probe(held, version)
+        if self._num_open:
+            self._serve()
         if self.layout.is_main:
             self._forget_old()
             events = self.fleet.take_events()
@@ -130,6 +138,7 @@ class VLLMEngine:
                 "weights_unreadable": self.comparison.num_unreadable,
                 "rollout_servers": len(held or ()),
                 "rollout_requeued": events.requeued,
+                "rollout_interrupted": events.interrupted,
                 "rollout_failures": events.failures,
                 "rollout_restarts": events.restarts,
             }
@@ -142,11 +151,13 @@ class VLLMEngine:
             shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt
         model = self.engine.model_config
         export_live(self.engine.chunks, model, self.layout, folder, tuple(self.stop_ids), None)
+        self._interrupt()
         weights = Weights(version, folder, lambda found: self._verify(HFWeights(folder).get_tensor, found))
         return self._begin(lambda: self._load(weights))
 
     def _send(self, version: int) -> Future[list[Member]] | None:
         """Have the servers take the weights from rank 0's memory, as they come in there."""
+        self._interrupt()
         model, folder = self.engine.model_config, self.root / "form"
         whole = whole_weights(self.engine.chunks, model, self.layout)
         if not self.layout.is_main:
@@ -249,14 +260,8 @@ class VLLMEngine:
     # --- requests
 
     def start(self, requests: Sequence[SampleRequest], options: SamplingOptions, done: Done) -> Pending:
-        """See `RolloutEngine`; the servers sample while the trainer does other things. Raises UserError for a
-        filter: a server's log-probs are then those of the filtered distribution, which is not the policy."""
-        assert self.version is not None, "sync comes before the first rollout"
-        if options.top_p != 1.0 or options.top_k != 0:
-            raise UserError(
-                "rollout.top_p and rollout.top_k must be off with vLLM: log-probs would be the filter's, not"
-                f" the policy's (got top_p {options.top_p:g}, top_k {options.top_k})"
-            )
+        """See `RolloutEngine`; the servers sample while the trainer does other things."""
+        self._require_usable(options)
 
         async def sample() -> list[Completion]:
             completions = await self.fleet.generate(requests, options)
@@ -269,6 +274,59 @@ class VLLMEngine:
     def generate(self, requests: Sequence[SampleRequest], options: SamplingOptions) -> list[Completion]:
         """Completions of `requests`, in order, on every rank."""
         return self.start(requests, options, lambda completions: None)()
+
+    def _require_usable(self, options: SamplingOptions) -> None:
+        """Raises UserError for a filter: a server's log-probs are then those of the filtered distribution,
+        which is not the policy."""
+        assert self.version is not None, "sync comes before the first rollout"
+        if options.top_p != 1.0 or options.top_k != 0:
+            raise UserError(
+                "rollout.top_p and rollout.top_k must be off with vLLM: log-probs would be the filter's, not"
+                f" the policy's (got top_p {options.top_p:g}, top_k {options.top_k})"
+            )
+
+    # --- open draws
+
+    def open(
+        self,
+        number: int,
+        requests: Sequence[SampleRequest],
+        options: SamplingOptions,
+        begun: Sequence[Completion],
+    ) -> None:
+        """See `RolloutEngine`; the servers sample while the trainer does other things."""
+        self._require_usable(options)
+        if self.layout.is_main:
+            self.standing.open(number, OpenDraw(requests, options, [*begun]))
+        self._num_open += 1
+        if not self._is_serving:
+            self._serve()
+
+    def finish(self, number: int) -> list[Completion]:
+        """See `RolloutEngine`."""
+        future = self.standing.whole[number] if self.layout.is_main else None
+        answers: list[Completion] = broadcast_object(self._wait(future))
+        if self.layout.is_main:
+            self.standing.close(number)
+        self._num_open -= 1
+        return answers
+
+    def unfinished(self) -> dict[int, list[Completion]]:
+        """See `RolloutEngine`."""
+        return self.standing.known()
+
+    def _serve(self) -> None:
+        """Have the servers sample the open draws until the next `_interrupt`."""
+        self._is_serving = True
+        self._serving = self.standing.serve(self.fleet, self._begin) if self.layout.is_main else None
+
+    def _interrupt(self) -> None:
+        """End what the servers sample of the open draws; what they have of it is kept."""
+        if self._is_serving:
+            if self.layout.is_main:
+                self.standing.stop()
+            self._wait(self._serving)
+            self._is_serving = False
 
     # --- rank 0 and the others
 

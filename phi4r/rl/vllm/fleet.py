@@ -9,6 +9,7 @@ address is waited for. Which server answers does not matter: a request's own cou
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,11 @@ from phi4r.rl.vllm.weights import Comparison
 
 KEEP_ALIVE_S = 2.0
 """Idle connections are dropped before the server does so (after 5 s)."""
+INTERRUPT_S = 60.0
+"""Seconds in which servers are to end what they sample before an update."""
+ABORT_EVERY_S = 0.5
+END = -1
+"""On a board: nothing is left to do. It comes before every request."""
 MAX_ATTEMPTS = 5
 """Servers that may fail over one request before the request itself is blamed."""
 
@@ -68,50 +74,84 @@ class Member:
 
 @dataclass
 class Events:
-    """What happened since it was last asked for: answers that were asked for again, servers that failed."""
+    """What happened since it was last asked for: answers that were asked for again, that went on elsewhere or
+    after an update, servers that failed."""
 
     requeued: int = 0
+    interrupted: int = 0
     failures: int = 0
     restarts: int = 0
 
 
 class Board:
-    """Requests that wait, and answers. A request is waiting, with one lane, or answered; never two of
-    these."""
+    """Requests that wait, and answers. A request is waiting, with one lane, or answered; never two of these.
+    Those of lower numbers are taken first.
 
-    def __init__(self, count: int) -> None:
-        self.answers: list[Completion | None] = [None] * count
-        self.attempts = [0] * count
+    A board that stands takes more requests at any time and is finished when it is stopped, not when all are
+    answered. begun: what there is of each answer; tell(number, completion) hears of every change of it.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[SampleRequest],
+        *,
+        stands: bool = False,
+        tell: Callable[[int, Completion], None] = lambda number, completion: None,
+    ) -> None:
+        self.requests: list[SampleRequest] = []
+        self.begun: list[Completion] = []
+        self.answers: list[Completion | None] = []
+        self.attempts: list[int] = []
         self.finished = asyncio.Event()
-        self._left = count
-        self._waiting: asyncio.Queue[int | None] = asyncio.Queue()
-        for index in range(count):
-            self._waiting.put_nowait(index)
-        if not count:
-            self._finish()
+        self.num_held = 0
+        """Requests that are with a lane."""
+        self.stands, self._tell, self._left = stands, tell, 0
+        self._waiting: asyncio.PriorityQueue[int] = asyncio.PriorityQueue()
+        self.add(requests, [Completion()] * len(requests))
+        if not requests and not stands:
+            self.stop()
 
-    def _finish(self) -> None:
+    def add(self, requests: Sequence[SampleRequest], begun: Sequence[Completion]) -> None:
+        """More requests, and what there already is of their answers."""
+        for request, beginning in zip(requests, begun, strict=True):
+            self._waiting.put_nowait(len(self.requests))
+            self.requests.append(request)
+            self.begun.append(beginning)
+            self.answers.append(None)
+            self.attempts.append(0)
+        self._left += len(requests)
+
+    def stop(self) -> None:
+        """Nothing is to be taken any more."""
         self.finished.set()
-        self._waiting.put_nowait(None)
+        self._waiting.put_nowait(END)
 
     async def take(self) -> int | None:
-        """The next request that waits, or None when all are answered."""
+        """The next request that waits, or None when nothing is left to do."""
         index = await self._waiting.get()
-        if index is None:
-            self._waiting.put_nowait(None)  # for the next lane
+        if index == END:
+            self._waiting.put_nowait(END)  # for the next lane
+            return None
+        self.num_held += 1
         return index
 
-    def give_back(self, index: int) -> None:
-        """A lane could not get an answer."""
+    def give_back(self, index: int, begun: Completion | None = None) -> None:
+        """A lane could not get an answer, or only its beginning."""
+        self.num_held -= 1
+        if begun is not None:
+            self.begun[index] = begun
+            self._tell(index, begun)
         self._waiting.put_nowait(index)
 
     def answer(self, index: int, completion: Completion) -> None:
         """A lane got the answer."""
         assert self.answers[index] is None, f"request {index} was answered twice"
+        self.num_held -= 1
         self.answers[index] = completion
+        self._tell(index, completion)
         self._left -= 1
-        if not self._left:
-            self._finish()
+        if not self._left and not self.stands:
+            self.stop()
 
 
 @dataclass
@@ -239,11 +279,19 @@ class Fleet:
         self, requests: Sequence[SampleRequest], options: SamplingOptions, only: Member | None = None
     ) -> list[Completion]:
         """The answers to all requests, in order; from the server `only` alone where one is given."""
-        board = Board(len(requests))
+        board = Board(requests)
+        await self.work(board, options, only)
+        answers = [answer for answer in board.answers if answer is not None]
+        assert len(answers) == len(requests), f"{len(requests) - len(answers)} requests have no answer"
+        return answers
+
+    async def work(self, board: Board, options: SamplingOptions, only: Member | None = None) -> None:
+        """Answer what is on the board until it is finished. What is being sampled then, on a board that was
+        stopped, ends with what there is of it."""
         members = [only] if only else [m for m in self.members if not m.is_lost]
         async with self._http() as http:
             serving: list[asyncio.Task[Any]] = [
-                asyncio.create_task(self._serve(member, board, requests, options, http)) for member in members
+                asyncio.create_task(self._serve(member, board, options, http)) for member in members
             ]
             finished: asyncio.Task[Any] = asyncio.create_task(board.finished.wait())
             try:
@@ -254,24 +302,30 @@ class Fleet:
                         task.result()  # its error, if it has one, ends the run
                     if not serving and not board.finished.is_set():
                         self._require_some([])
+                await self._interrupt(board, members, http)
             finally:
                 # Lanes end by themselves; a server that is still starting goes on without us.
                 for task in [*serving, finished]:
                     task.cancel()
                 await asyncio.gather(*serving, finished, return_exceptions=True)
-        answers = [answer for answer in board.answers if answer is not None]
-        assert len(answers) == len(requests), f"{len(requests) - len(answers)} requests have no answer"
-        return answers
+
+    async def _interrupt(self, board: Board, members: Sequence[Member], http: httpx.AsyncClient) -> None:
+        """Have the servers end what the lanes wait for. Asked again and again: a request may have been on its
+        way. What a server does not end in time is given up, and begins anew from what is known of it."""
+        began, asked = time.monotonic(), float("-inf")
+        while board.num_held and time.monotonic() - began < INTERRUPT_S:
+            if time.monotonic() - asked >= ABORT_EVERY_S:
+                asked = time.monotonic()
+                for member in members:
+                    if self.weights is not None and member.version == self.weights.version:
+                        with contextlib.suppress(ServerError):  # its lanes find out as well
+                            await Client(http, member.url, self.config).abort()
+            await asyncio.sleep(0.01)
 
     async def _serve(
-        self,
-        member: Member,
-        board: Board,
-        requests: Sequence[SampleRequest],
-        options: SamplingOptions,
-        http: httpx.AsyncClient,
+        self, member: Member, board: Board, options: SamplingOptions, http: httpx.AsyncClient
     ) -> None:
-        """One server's part, until all requests are answered or the server is lost."""
+        """One server's part, until the board is finished or the server is lost."""
         while not board.finished.is_set():
             await self._ready(member, http)
             if member.is_lost:
@@ -280,8 +334,8 @@ class Fleet:
             try:
                 async with asyncio.TaskGroup() as tasks:
                     tasks.create_task(self._watch(member, client, board))
-                    for _ in range(min(self.config.max_in_flight, len(requests))):
-                        tasks.create_task(self._lane(client, board, requests, options))
+                    for _ in range(self.config.max_in_flight):
+                        tasks.create_task(self._lane(client, board, options))
             except BaseExceptionGroup as group:
                 failures, others = group.split(ServerError)
                 if others is not None:
@@ -289,28 +343,30 @@ class Fleet:
                 assert failures is not None
                 self._failed(member, failures.exceptions[0])  # type: ignore[arg-type]
 
-    async def _lane(
-        self, client: Client, board: Board, requests: Sequence[SampleRequest], options: SamplingOptions
-    ) -> None:
+    async def _lane(self, client: Client, board: Board, options: SamplingOptions) -> None:
         assert self.weights is not None
         while (index := await board.take()) is not None:
             try:
                 completion = await client.generate(
-                    requests[index], options, self.stop_ids, self.weights.version
+                    board.requests[index], options, self.stop_ids, self.weights.version, board.begun[index]
                 )
             except ServerError as error:
                 board.attempts[index] += 1
                 if board.attempts[index] >= MAX_ATTEMPTS:
                     raise RuntimeError(
                         f"{board.attempts[index]} servers failed over request {index} (key"
-                        f" {requests[index].key}): {error}"
+                        f" {board.requests[index].key}): {error}"
                     ) from error
                 self._requeue(board, index)
                 raise
             except asyncio.CancelledError:  # another lane found out that the server failed
                 self._requeue(board, index)
                 raise
-            board.answer(index, completion)
+            if completion.is_whole(options):
+                board.answer(index, completion)
+            else:
+                self.events.interrupted += 1
+                board.give_back(index, completion)
 
     def _requeue(self, board: Board, index: int) -> None:
         self.events.requeued += 1
