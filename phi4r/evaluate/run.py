@@ -105,7 +105,7 @@ def checker(
 
     def check(problems: Sequence[Problem], samples: Sequence[Sample]) -> list[Verdict]:
         pairs = [(p, s.text) for p, s in zip(problems, samples, strict=True)]
-        verdicts = grade_responses(pairs, pool, cfg.reward)
+        verdicts = grade_responses(pairs, pool, cfg.reward, [s.finished for s in samples])
         write_audit(audit, next(runs), zip(problems, samples, verdicts, strict=True), cfg.seed)
         return verdicts
 

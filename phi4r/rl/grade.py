@@ -48,7 +48,8 @@ def grade(
 ) -> tuple[list[Verdict], list[RewardParts]]:
     """Verdict and reward of each sample; `problems[sample.prompt_index]` is its problem, `settings` is
     resolved."""
-    verdicts = grade_responses([(problems[s.prompt_index], s.text) for s in samples], pool, settings)
+    pairs = [(problems[s.prompt_index], s.text) for s in samples]
+    verdicts = grade_responses(pairs, pool, settings, [s.finished for s in samples])
     rewards = [
         compute_reward(
             correct=verdict.correct,

@@ -62,19 +62,25 @@ def alphabet() -> str:
 
 
 def grade_responses(
-    graded: Sequence[tuple[Problem, str]], pool: VerifierPool, settings: RewardConfig | None = None
+    graded: Sequence[tuple[Problem, str]],
+    pool: VerifierPool,
+    settings: RewardConfig | None = None,
+    finished: Sequence[bool] | None = None,
 ) -> list[Verdict]:
     """Verdicts on (problem, whole response) pairs, in order.
 
     Tasks with a checker of their own are settled in this process, programs run in sandboxes, as many at once
     as `pool` has workers; the rest goes to `pool` in one batch. With `settings`, a judge is asked about
-    answers to mathematics without a box (`reward.judge_url`), and a share of the verdicts is checked a second
-    time (`reward.audit_share`). Raises what `VerifierPool.map` raises.
+    answers to mathematics without a box (`reward.judge_url`), where the response is `finished` (None: all
+    are), and a share of the verdicts is checked a second time (`reward.audit_share`). Raises what
+    `VerifierPool.map` raises.
     """
     verdicts: list[Verdict | None] = [
         get_task(problem.task).grade(problem, response) for problem, response in graded
     ]
-    judge = _ask_judge(graded, verdicts, settings) if settings and settings.judge_url else None
+    judge = None
+    if settings and settings.judge_url:
+        judge = _ask_judge(graded, verdicts, settings, finished or [True] * len(graded))
     programs, algebra = list[int](), list[int]()
     for place, verdict in enumerate(verdicts):
         if verdict is None:
@@ -100,13 +106,19 @@ def grade_responses(
 
 
 def _ask_judge(
-    graded: Sequence[tuple[Problem, str]], verdicts: Sequence[Verdict | None], settings: RewardConfig
+    graded: Sequence[tuple[Problem, str]],
+    verdicts: Sequence[Verdict | None],
+    settings: RewardConfig,
+    finished: Sequence[bool],
 ) -> tuple[list[int], Callable[[], list[Reply]]]:
     """The places of what a judge is asked about, and the wait for its replies."""
     places = [
         i
         for i, ((problem, _), verdict) in enumerate(zip(graded, verdicts, strict=True))
-        if verdict is not None and get_task(problem.task).name == Math.name and is_for_judge(verdict)
+        if finished[i]
+        and verdict is not None
+        and get_task(problem.task).name == Math.name
+        and is_for_judge(verdict)
     ]
     questions = [Question(graded[i][0].problem, graded[i][0].answer, graded[i][1]) for i in places]
     return places, start(questions, settings) if questions else list

@@ -120,6 +120,8 @@ def test_only_prose_without_a_box_is_asked_about(server: Server, pool: VerifierP
     modchain = Problem(id="m", problem="1+1", answer="2", task="modchain")
     (verdict,) = grade_responses([(modchain, PROSE.format("two"))], pool, settings(server.url))
     assert verdict.outcome == "no_answer"
+    cut_off = grade_responses([(problem(), responses[-1])], pool, settings(server.url), [False])
+    assert cut_off[0].method == "prose"
     assert graded(responses, pool, RewardConfig())[-1] == ("no_answer", "prose")
     assert len(server.bodies) == 1
 
