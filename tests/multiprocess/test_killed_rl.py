@@ -59,6 +59,23 @@ def kill_at_random(words: list[str], run_dir: Path, chance: random.Random) -> in
     return len(metrics(run_dir)) - before
 
 
+def rollouts(run_dir: Path, step: int) -> str:
+    """What was trained on in a step, a line for each sample."""
+    return (run_dir / f"rollouts/step_{step:06d}.jsonl").read_text()
+
+
+def samples(text: str) -> list[tuple[int, int]]:
+    """(problem, sample) of every line."""
+    rows = map(json.loads, text.splitlines())
+    return [(int(row["problem_id"].rsplit("-", 1)[1]), row["sample_index"]) for row in rows]
+
+
+def drawn(step: int) -> list[tuple[int, int]]:
+    """(problem, sample) of all that is due in a step."""
+    items = items_of_step(PROBLEMS, 0, PROMPT_STREAM, step - 1, PROMPTS)
+    return [(item, sample) for item in items for sample in range(GROUP)]
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.proves(
     "GRPO killed at random loses and repeats no prompt",
@@ -71,14 +88,8 @@ def test_every_prompt_is_trained_on_exactly_once(mode: str, tmp_path: Path) -> N
     progress = [kill_at_random(words, tmp_path / "killed", chance) for _ in range(NUM_KILLS)]
     assert any(steps > 0 for steps in progress)
     finish(words, tmp_path / "killed")
-    for step in range(STEPS):
-        name = f"rollouts/step_{step + 1:06d}.jsonl"
-        text = (tmp_path / "killed" / name).read_text()
-        found = [
-            (int(row["problem_id"].rsplit("-", 1)[1]), row["sample_index"])
-            for row in map(json.loads, text.splitlines())
-        ]
-        drawn = items_of_step(PROBLEMS, 0, PROMPT_STREAM, step, PROMPTS)
-        assert found == [(item, sample) for item in drawn for sample in range(GROUP)]
-        assert text == (tmp_path / "whole" / name).read_text()
+    for step in range(1, STEPS + 1):
+        text = rollouts(tmp_path / "killed", step)
+        assert samples(text) == drawn(step)
+        assert text == rollouts(tmp_path / "whole", step)
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
