@@ -1,7 +1,7 @@
 """The simulated GRPO loop of `phi4r plan --simulate` beside the real one: vLLM servers on this machine and a
 trainer of known time; appends rows to results/simulate.csv.
 
-    python -m benchmarks.simulate [--steps 6] [--train 1.0] [--cases "synchronous 1, synchronous 2, ahead 2"]
+    python -m benchmarks.simulate [--steps 6] [--train 1.0] [--cases "MODE SERVERS, ..."]
 
 Needs `make vllm-deps` (or PHI4R_VLLM_PYTHON). What the simulator is told is measured first, on servers that
 sample answers of a fixed length: what a decoding step costs, a sequence in it, a request and a call, with one
@@ -32,8 +32,17 @@ from benchmarks.rows import append_rows, provenance
 from phi4r.configs.sections import ModelConfig, ParallelConfig, TrainConfig, VLLMConfig
 from phi4r.model.names import load_weights, random_weights
 from phi4r.parallel.layout import init_layout
-from phi4r.plan.simulate import ONE_STEP_OFF, SYNCHRONOUS, Loop, Mode, ServerCost, Servers, simulate
-from phi4r.rl.rollout import SampleRequest, SamplingOptions
+from phi4r.plan.simulate import (
+    ONE_STEP_OFF,
+    SYNCHRONOUS,
+    Loop,
+    Mode,
+    ServerCost,
+    Servers,
+    over_sampled,
+    simulate,
+)
+from phi4r.rl.rollout import Completion, SampleRequest, SamplingOptions
 from phi4r.rl.vllm.engine import VLLMEngine
 from phi4r.train.engine import Engine
 
@@ -48,8 +57,9 @@ HEAD_SCALE = 3.0
 """Makes some tokens much likelier than others, so that how soon an answer ends depends on how it began."""
 PROMPT_TOKENS, MAX_NEW_TOKENS, SLOTS, REQUESTS = 8, 320, 16, 48
 FIXED_LENGTHS = (8, 136)
-WARMUP = 2
-MODES = {"synchronous": SYNCHRONOUS, "ahead": ONE_STEP_OFF}
+WARMUP = 3
+CASES = "synchronous 1, synchronous 2, ahead 2, continuous 2"
+MODES = {"synchronous": SYNCHRONOUS, "ahead": ONE_STEP_OFF, "continuous": over_sampled(2)}
 
 
 def requests(stream: int, count: int) -> list[SampleRequest]:
@@ -122,21 +132,27 @@ class Bench:
     def run(
         self, mode: Mode, servers: int, steps: int, train_s: float
     ) -> tuple[list[float], list[list[int]]]:
-        """The real loop: (seconds of each step, lengths of each draw's answers)."""
+        """The loop as `rl.train` and `rl.draws` run it: (seconds of each step, lengths of each draw's
+        answers)."""
         engine, options = self.engine, SamplingOptions(MAX_NEW_TOKENS)
         engine.fleet.members = self.members[:servers]
         seconds, lengths = list[float](), list[list[int]]()
-        pending = None
+        pending, num_open = None, 0
         for step in range(steps):
             began = time.perf_counter()
             if pending is not None:
                 pending()
             engine.sync((engine.version or 0) + 1)
-            if pending is None:
-                pending = engine.start(requests(step, REQUESTS), options, lambda found: None)
-            lengths.append([len(completion.tokens) for completion in pending()])
-            pending = None
-            if mode.staleness and step + 1 < steps:
+            if mode.continuous:
+                while num_open < min(step + mode.staleness + 1, steps):
+                    engine.open(num_open, requests(num_open, REQUESTS), options, [Completion()] * REQUESTS)
+                    num_open += 1
+                found = engine.finish(step)
+            else:
+                found = (pending or engine.start(requests(step, REQUESTS), options, lambda found: None))()
+                pending = None
+            lengths.append([len(completion.tokens) for completion in found])
+            if mode.staleness and not mode.continuous and step + 1 < steps:
                 pending = engine.start(requests(step + 1, REQUESTS), options, lambda found: None)
             time.sleep(train_s)
             seconds.append(time.perf_counter() - began)
@@ -181,7 +197,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=6, help="counted steps of each case")
     parser.add_argument("--train", type=float, default=1.0, help="seconds of a step's training")
-    parser.add_argument("--cases", default="synchronous 1, synchronous 2, ahead 2", help="MODE SERVERS, ...")
+    parser.add_argument("--cases", default=CASES, help="MODE SERVERS, ...")
     options = parser.parse_args()
     cases = [(name, int(number)) for name, number in (case.split() for case in options.cases.split(","))]
     shared = provenance("phi4r", "benchmarks/simulate.py")
