@@ -4,6 +4,7 @@ when a server dies. The tests share two servers and run in the order they stand 
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import time
 from pathlib import Path
@@ -128,6 +129,21 @@ def test_the_trainer_is_free_while_servers_sample(trainer: Engine, servers: VLLM
     found = pending()
     assert [c.tokens for c in found] == [c.tokens for c in expected]
     assert told == found
+
+
+def test_requests_that_one_server_could_take_are_shared_out(servers: VLLMEngine) -> None:
+    def answered() -> list[float]:
+        texts = [httpx.get(member.url + "/metrics").text for member in servers.fleet.members]
+        counts = [
+            re.findall(r"^vllm:request_success_total\{.*\} (.*)$", text, re.MULTILINE) for text in texts
+        ]
+        return [sum(map(float, found)) for found in counts]
+
+    before = answered()
+    servers.generate(requests(servers.config.max_in_flight, stream=12), SamplingOptions(100, TEMPERATURE))
+    shares = [after - first for after, first in zip(answered(), before, strict=True)]
+    assert sum(shares) == servers.config.max_in_flight
+    assert min(shares) >= 2
 
 
 def test_filters_are_refused(servers: VLLMEngine) -> None:

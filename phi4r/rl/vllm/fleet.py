@@ -33,6 +33,9 @@ INTERRUPT_S = 60.0
 ABORT_EVERY_S = 0.5
 END = -1
 """On a board: nothing is left to do. It comes before every request."""
+SPREAD_S = 0.1
+"""A server's lanes begin one after another within this time: the server that is ready first would take all of
+a few requests, and the others none."""
 MAX_ATTEMPTS = 5
 """Servers that may fail over one request before the request itself is blamed."""
 
@@ -334,8 +337,10 @@ class Fleet:
             try:
                 async with asyncio.TaskGroup() as tasks:
                     tasks.create_task(self._watch(member, client, board))
-                    for _ in range(self.config.max_in_flight):
-                        tasks.create_task(self._lane(client, board, options))
+                    lanes = self.config.max_in_flight
+                    for number in range(lanes):
+                        begin_s = number / lanes * SPREAD_S
+                        tasks.create_task(self._lane(client, board, options, begin_s))
             except BaseExceptionGroup as group:
                 failures, others = group.split(ServerError)
                 if others is not None:
@@ -343,8 +348,9 @@ class Fleet:
                 assert failures is not None
                 self._failed(member, failures.exceptions[0])  # type: ignore[arg-type]
 
-    async def _lane(self, client: Client, board: Board, options: SamplingOptions) -> None:
+    async def _lane(self, client: Client, board: Board, options: SamplingOptions, begin_s: float) -> None:
         assert self.weights is not None
+        await asyncio.sleep(begin_s)
         while (index := await board.take()) is not None:
             try:
                 completion = await client.generate(
