@@ -26,7 +26,7 @@ from phi4r.rl.advantages import Advantages
 from phi4r.rl.curriculum import open_draws
 from phi4r.rl.draws import ContinuousDraws, DrawSampler, StepDraws
 from phi4r.rl.grade import grade, to_samples, to_trajectories
-from phi4r.rl.rollout import Completion, RolloutEngine, SampleRequest
+from phi4r.rl.rollout import BusySpan, Completion, RolloutEngine, SampleRequest
 from phi4r.rl.types import Trajectory
 from phi4r.verify.audit import audit_counts
 from phi4r.verify.judge import judge_counts
@@ -40,14 +40,13 @@ SAMPLE_STREAM = 22
 class StepSamples:
     """`trajectories`: all that were sampled, draw after draw, prompts numbered through them; `groups`: their
     report, [P, G]; `used`: those to train on; `sampling`: from when to when (`time.perf_counter`) engines
-    sampled, waited for or not (continuously: only while they were waited for), on rank 0; nothing for what an
-    earlier start of the run had sampled."""
+    sampled, waited for or not, on rank 0; nothing for what an earlier start of the run had sampled."""
 
     trajectories: list[Trajectory]
     groups: Advantages
     used: list[Trajectory]
     num_draws: int
-    sampling: list[tuple[float, float]]
+    sampling: list[BusySpan]
 
     def metrics(self, step: int) -> dict[str, Any]:
         """Of everything that was sampled, the number of groups that are trained on, and how many optimizer
@@ -108,15 +107,15 @@ class Collector:
         `rollout.max_draws` are done. Without a single informative group the first draw is what there is."""
         rollout = self.cfg.rollout
         per_draw, trajectories, reports = rollout.prompts_per_step, list[Trajectory](), list[Advantages]()
-        sampling = list[tuple[float, float]]()
+        sampling = list[BusySpan]()
         while True:
-            completions, span = self.sampled.take(self.next_draw, step)
+            completions, spans = self.sampled.take(self.next_draw, step)
             oldest = min(completion.version for completion in completions)
             assert step - oldest <= rollout.staleness, f"draw {self.next_draw} is of step {oldest}"
             found, groups = self._graded(completions)
             trajectories += [_renumbered(t, len(reports) * per_draw) for t in found]
             reports.append(groups)
-            sampling.append(span)
+            sampling += spans
             self.next_draw += 1
             num_informative = sum(int(report.informative.sum()) for report in reports)
             if num_informative >= per_draw or len(reports) == rollout.max_draws:

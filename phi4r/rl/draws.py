@@ -23,13 +23,11 @@ from phi4r.configs.stages import RLConfig
 from phi4r.console import say
 from phi4r.parallel.layout import broadcast_object
 from phi4r.rl.ahead import AheadFolder
-from phi4r.rl.rollout import Completion, Pending, RolloutEngine, SampleRequest, SamplingOptions
+from phi4r.rl.rollout import BusySpan, Completion, Pending, RolloutEngine, SampleRequest, SamplingOptions
 from phi4r.train.folders import all_steps
 
 Requests = Callable[[int], Sequence[SampleRequest]]
 """The requests of a draw."""
-Span = tuple[float, float]
-"""From when to when, by `time.perf_counter`."""
 
 
 class DrawSampler(Protocol):
@@ -38,9 +36,9 @@ class DrawSampler(Protocol):
     def before_sync(self) -> None:
         """The engine is about to get new weights."""
 
-    def take(self, number: int, step: int) -> tuple[list[Completion], Span]:
-        """The completions of a draw for `step` (counted from 0), and from when to when they were sampled or,
-        where engines sample all the time, waited for. Numbers ascend."""
+    def take(self, number: int, step: int) -> tuple[list[Completion], list[BusySpan]]:
+        """The completions of a draw for `step` (counted from 0), and when they were sampled or, where engines
+        sample over several steps, when those did since the last call. Numbers ascend."""
 
     def after_collect(self, next_number: int, step: int) -> None:
         """`step` has its samples and is about to be trained on; the next step begins with `next_number`."""
@@ -88,10 +86,10 @@ class StepDraws:
         if self.ahead is not None:
             self.ahead.wait()
 
-    def take(self, number: int, step: int) -> tuple[list[Completion], Span]:
+    def take(self, number: int, step: int) -> tuple[list[Completion], list[BusySpan]]:
         """See `DrawSampler`."""
         draw, self.ahead = self.ahead or self._begin(number), None
-        return draw.wait(), (draw.began, draw.ended)
+        return draw.wait(), [(draw.began, draw.ended)]
 
     def after_collect(self, next_number: int, step: int) -> None:
         """Start sampling the next draw with the weights of the last sync."""
@@ -153,7 +151,7 @@ class ContinuousDraws:
     def before_sync(self) -> None:
         """See `DrawSampler`; the sync itself interrupts what is sampled."""
 
-    def take(self, number: int, step: int) -> tuple[list[Completion], Span]:
+    def take(self, number: int, step: int) -> tuple[list[Completion], list[BusySpan]]:
         """See `DrawSampler`."""
         rollout, options = self.cfg.rollout, sampling_options(self.cfg)
         steps_left = self.cfg.train.num_steps - 1 - step
@@ -164,8 +162,7 @@ class ContinuousDraws:
                 begun = [Completion()] * len(requests)
             self.sampler.open(self.next_open, requests, options, begun)
             self.next_open += 1
-        began = time.perf_counter()
-        return self.sampler.finish(number), (began, time.perf_counter())
+        return self.sampler.finish(number), self.sampler.take_busy()
 
     def after_collect(self, next_number: int, step: int) -> None:
         """See `DrawSampler`."""

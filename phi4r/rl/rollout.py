@@ -14,6 +14,7 @@ what has begun of the others goes on after the next update from its tokens so fa
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -169,6 +170,10 @@ Done = Callable[[list[Completion]], None]
 """Called with the completions on rank 0 as soon as they are there, perhaps in another thread."""
 
 
+BusySpan = tuple[float, float]
+"""From when to when something was sampled, by `time.perf_counter`."""
+
+
 class RolloutEngine(Protocol):
     """What the GRPO loop needs of an engine. All ranks call, with the same arguments."""
 
@@ -201,6 +206,9 @@ class RolloutEngine(Protocol):
         """What is known on rank 0 of the answers of every open draw: those that are whole, and of the others
         at least what there was at the last `sync`."""
 
+    def take_busy(self) -> list[BusySpan]:
+        """When, since this was last asked, open draws were sampled; on rank 0."""
+
 
 class EmbeddedEngine:
     """Samples with the weights of `engine`. stop_ids: token ids that end a sequence; num_slots: sequences
@@ -212,6 +220,7 @@ class EmbeddedEngine:
         self.num_slots = num_slots
         self.version = 0
         self._open: dict[int, OpenDraw] = {}
+        self._busy: list[BusySpan] = []
 
     def sync(self, version: int) -> dict[str, float]:
         """Nothing has to move: the weights are the trainer's own."""
@@ -253,12 +262,19 @@ class EmbeddedEngine:
         """See `RolloutEngine`; slots that have nothing to do for this draw go on with the later ones, and
         what has begun of them stays as it is when this draw is whole."""
         if not self._open[number].is_whole:
+            began = time.perf_counter()
             self._advance(self._open, number)
+            self._busy.append((began, time.perf_counter()))
         return self._open.pop(number).answers
 
     def unfinished(self) -> dict[int, list[Completion]]:
         """See `RolloutEngine`; exact, on every rank."""
         return {number: draw.answers for number, draw in self._open.items()}
+
+    def take_busy(self) -> list[BusySpan]:
+        """See `RolloutEngine`."""
+        taken, self._busy = self._busy, []
+        return taken
 
     @torch.no_grad()
     def _advance(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import httpx
@@ -18,10 +20,11 @@ from phi4r.model.gpt import build_model
 from phi4r.model.names import load_weights, random_weights, weight_table
 from phi4r.parallel.layout import init_layout
 from phi4r.rl.batch import rollout_gap_sums
-from phi4r.rl.rollout import Completion, SampleRequest
+from phi4r.rl.rollout import Completion, OpenDraw, SampleRequest, SamplingOptions
 from phi4r.rl.train import check_gap
 from phi4r.rl.vllm.client import CONNECTIONS, Client, ServerError, seed_of
 from phi4r.rl.vllm.fleet import Board
+from phi4r.rl.vllm.standing import StandingDraws
 from phi4r.rl.vllm.weights import EMPTY, compare, digest, served_part
 
 MODEL = ModelConfig(
@@ -136,6 +139,41 @@ def test_a_standing_board_gives_the_oldest_request_first_and_goes_on_from_what_c
         assert told == [(1, [8]), (0, [0]), (1, [1]), (2, [2])]
 
     asyncio.run(asyncio.wait_for(run(), 5))
+
+
+def test_servers_are_busy_while_they_serve_and_an_open_draw_is_not_whole() -> None:
+    standing, options = StandingDraws(), SamplingOptions(1)
+    whole = Completion([7], [-0.5], False, [(0, 1)])
+
+    def opened(number: int) -> None:
+        requests = [SampleRequest((5,), (number, i)) for i in range(2)]
+        standing.open(number, OpenDraw(requests, options, [Completion()] * 2))
+
+    def busy() -> list[bool]:
+        """Whether they were, from one look to the next: a span is cut at each."""
+        time.sleep(0.002)
+        return [end > start for start, end in standing.busy.take()]
+
+    opened(0)
+    assert busy() == []  # nobody serves
+    standing.serve(None, lambda make: Future())  # type: ignore[arg-type]
+    assert busy() == [True]
+    standing._tell(0, 0, whole)
+    opened(1)
+    standing._tell(0, 1, whole)
+    busy()
+    assert busy() == [True]  # the later draw is not whole
+    standing._tell(1, 0, whole)
+    standing._tell(1, 1, whole)
+    assert busy() == [True]
+    assert busy() == []
+    opened(2)
+    assert busy() == [True]
+    standing.stop()  # for an update
+    assert busy() == [True]
+    assert busy() == []
+    standing.serve(None, lambda make: Future())  # type: ignore[arg-type]
+    assert busy() == [True]
 
 
 @pytest.mark.parametrize("num_closed", [1, 2, 3])

@@ -29,7 +29,7 @@ from phi4r.errors import UserError
 from phi4r.huggingface import HFWeights
 from phi4r.parallel.attempt import beat
 from phi4r.parallel.layout import broadcast_object
-from phi4r.rl.rollout import Completion, Done, OpenDraw, Pending, SampleRequest, SamplingOptions
+from phi4r.rl.rollout import BusySpan, Completion, Done, OpenDraw, Pending, SampleRequest, SamplingOptions
 from phi4r.rl.vllm.fleet import Fleet, Member, Weights, weights_folder
 from phi4r.rl.vllm.registry import Order, Registry
 from phi4r.rl.vllm.server import ServerProcess
@@ -314,6 +314,10 @@ class VLLMEngine:
     def unfinished(self) -> dict[int, list[Completion]]:
         """See `RolloutEngine`."""
         return self.standing.known()
+
+    def take_busy(self) -> list[BusySpan]:
+        """See `RolloutEngine`."""
+        return self.standing.busy.take()
 
     def _serve(self) -> None:
         """Have the servers sample the open draws until the next `_interrupt`."""

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from phi4r.rl.rollout import Completion, OpenDraw
+from phi4r.rl.rollout import BusySpan, Completion, OpenDraw
 from phi4r.rl.vllm.fleet import Board, Fleet
 
 
@@ -58,14 +60,44 @@ class _Work:
             self.loop = None
 
 
+class BusyTime:
+    """When servers sampled. For any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._since: float | None = None
+        self._spans: list[BusySpan] = []
+
+    def mark(self, is_busy: bool) -> None:
+        """From now on they do, or do not."""
+        with self._lock:
+            self._close()
+            self._since = time.perf_counter() if is_busy else None
+
+    def take(self) -> list[BusySpan]:
+        """The spans since this was last asked; one that goes on is cut here."""
+        with self._lock:
+            is_busy = self._since is not None
+            self._close()
+            self._since = time.perf_counter() if is_busy else None
+            taken, self._spans = self._spans, []
+        return taken
+
+    def _close(self) -> None:
+        if self._since is not None:
+            self._spans.append((self._since, time.perf_counter()))
+
+
 class StandingDraws:
     """The open draws. Methods are for the trainer's thread."""
 
     def __init__(self) -> None:
         self.draws: dict[int, OpenDraw] = {}
+        self.busy = BusyTime()
         self.whole: dict[int, Future[list[Completion]]] = {}
         """Resolved when the draw is whole, or when what served it has failed."""
         self._work = _Work(self.draws, self._tell)
+        self._is_serving = False
 
     def open(self, number: int, draw: OpenDraw) -> None:
         """One more; its number is higher than those before."""
@@ -73,6 +105,8 @@ class StandingDraws:
         self.draws[number] = draw
         if draw.is_whole:
             self.whole[number].set_result(draw.answers)
+        elif self._is_serving:
+            self.busy.mark(True)
         self._work.call(self._work.update)
 
     def close(self, number: int) -> None:
@@ -85,12 +119,16 @@ class StandingDraws:
 
     def stop(self) -> None:
         """End `serve`, now or as soon as it begins."""
+        self._is_serving = False
+        self.busy.mark(False)
         self._work.is_stopped = True
         self._work.call(self._work.update)
 
     def serve(self, fleet: Fleet, begin: Callable[..., Future[None] | None]) -> Future[None] | None:
         """Have the servers sample until `stop`; begin: runs a coroutine's function in the engine's thread."""
         work = self._work = _Work(self.draws, self._tell)
+        self._is_serving = True
+        self.busy.mark(self._is_work_left())
         job = begin(lambda: work.run(fleet))
         assert job is not None
         job.add_done_callback(self._ended)
@@ -100,7 +138,12 @@ class StandingDraws:
         draw = self.draws[number]
         draw.answers[index] = answer
         if draw.is_whole:
+            if not self._is_work_left():
+                self.busy.mark(False)
             self.whole[number].set_result(draw.answers)
+
+    def _is_work_left(self) -> bool:
+        return not all(draw.is_whole for draw in list(self.draws.values()))
 
     def _ended(self, job: Future[None]) -> None:
         error = job.exception()
