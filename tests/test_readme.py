@@ -52,10 +52,15 @@ def measured_lines() -> list[str]:
     read = loader["read", "4096"]
     grading = next(row for row in reversed(rows("verifier")) if row["category"] == "long")
     ours, theirs = rollout["embedded_128_slots"], rollout["transformers"]
+    engines = {row["engine"]: row for row in rows("vllm_rl") if not row["settings"]}
+    vllm = engines["vllm"]
     rates = [float(row["tokens_per_second"]) for row in (ours, theirs)]
 
     def link(name: str) -> str:
         return f"[{name}](benchmarks/results/{name}.csv)"
+
+    def accuracy(row: dict[str, str]) -> str:
+        return f"{float(row['avg_at_8']):.1%} ({float(row['low']):.1%} to {float(row['high']):.1%})"
 
     def millions(text: str) -> str:
         return f"{float(text) / 1e6:.1f}M tokens/s"
@@ -71,6 +76,10 @@ def measured_lines() -> list[str]:
          f"{float(read['ratio']):.0f}x", "loader"),
         ("sampling 128 answers of 32 tokens, tiny, one core", f"{rates[0]:,.0f} tokens/s",
          f"transformers' generate: {rates[1]:,.0f}", f"{rates[0] / rates[1]:.2f}x", "rollout"),
+        (f"GRPO on the quick start's problem, answers from {vllm['servers']} vLLM servers, one killed after"
+         f" {vllm['killed_at']} of {vllm['steps']} steps", accuracy(vllm),
+         f"embedded engine: {accuracy(engines['embedded'])}",
+         f"sampler and trainer {float(vllm['mean_gap']):.0e} nats a token apart", "vllm_rl"),
         (f"grading {grading['cases']} responses of 14,000 tokens, {grading['workers']} workers",
          f"{float(grading['seconds']):.1f} s",
          f"their second opinion: {float(grading['audit_seconds']):.1f} s",
