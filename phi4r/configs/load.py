@@ -441,7 +441,10 @@ def prepare_run_dir(config: StageConfig, run_dir: str | Path) -> list[str]:
             raise UserError(
                 f"{run_dir}: holds a {before['stage']} run; choose another run folder for {stage}"
             )
-        old, new = (dict(_leaves(tree)) for tree in (before["config"], as_dict(config)))
+        # What the run was started without is younger than it, and was as its default is.
+        trees = (as_dict(type(config)()), before["config"], as_dict(config))
+        default, written, new = (dict(_leaves(tree)) for tree in trees)
+        old = default | written
         for parts, value in new.items():
             key = ".".join(parts)
             if old.get(parts) == value:

@@ -247,6 +247,16 @@ def test_a_run_folder_tells_what_changed_and_refuses_another_stage(tmp_path: Pat
         prepare_run_dir(RLConfig(), tmp_path)
 
 
+def test_a_run_that_is_older_than_a_setting_goes_on_with_its_default(tmp_path: Path) -> None:
+    prepare_run_dir(SFTConfig(), tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    del written["config"]["data"]["loader"]
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    with pytest.raises(UserError, match=r"was started with data.loader = 'thread', now 'dali'"):
+        prepare_run_dir(load_stage("sft", None, ["data.loader=dali"]).config, tmp_path)
+    assert prepare_run_dir(SFTConfig(), tmp_path) == []
+
+
 # --- the recipes themselves
 
 
