@@ -80,11 +80,12 @@ def scenario(run_dir: str) -> None:
 
 
 def main(payload: dict[str, Any]) -> dict[str, str]:
-    """Target of the launcher. Both ranks break at the same place, so neither is left waiting."""
+    """Target of the launcher: what breaks without each of `payload["names"]`. Both ranks break at the same
+    place, so neither is left waiting."""
     assert cpu.install()
     scenario(payload["run_dir"])
     found = {}
-    for name in cpu.PATCHES:
+    for name in payload["names"]:
         with left_out(name):
             try:
                 scenario(payload["run_dir"])
@@ -92,3 +93,10 @@ def main(payload: dict[str, Any]) -> dict[str, str]:
             except Exception as error:  # noqa: BLE001  (whatever breaks is the finding)
                 found[name] = f"{type(error).__name__}: {error}"[:200]
     return found
+
+
+def main_without(payload: dict[str, Any]) -> None:
+    """Target of the launcher: the scenario without `payload["name"]`, which may break on one rank alone."""
+    assert cpu.install()
+    with left_out(payload["name"]):
+        scenario(payload["run_dir"])

@@ -9,16 +9,23 @@ import pytest
 import torch
 
 from phi4r.parallel import cpu
-from phi4r.parallel.launch import run_ranks
+from phi4r.parallel.launch import RankError, run_ranks
+
+ON_ONE_RANK = "redirect_cuda_call"
+"""Without it the rank breaks that hands out what it has read of a checkpoint, while the other waits."""
 
 
 @pytest.mark.multiprocess
 @pytest.mark.proves("Every patch of the CPU platform is needed", how="each left out once")
 def test_every_patch_is_needed(tmp_path: Path) -> None:
-    payload = {"run_dir": str(tmp_path / "run")}
+    names = [name for name in cpu.PATCHES if name != ON_ONE_RANK]
+    payload = {"run_dir": str(tmp_path / "run"), "names": names}
     found = run_ranks("tests.parallel.platform_probe:main", payload, 2, tmp_path, timeout_s=120)
-    assert set(found) == set(cpu.PATCHES)
+    assert set(found) == set(names)
     assert [name for name, error in found.items() if not error] == []
+    payload = {"run_dir": str(tmp_path / "run"), "name": ON_ONE_RANK}
+    with pytest.raises(RankError, match="Torch not compiled with CUDA enabled"):
+        run_ranks("tests.parallel.platform_probe:main_without", payload, 2, tmp_path, timeout_s=120)
 
 
 @pytest.mark.proves(
