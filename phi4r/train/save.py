@@ -227,7 +227,8 @@ class CheckpointSaver:
         self.run_dir, self.chunks, self.optimizer = Path(run_dir), chunks, optimizer
         self.model_cfg, self.tokenizer, self.layout = model_cfg, tokenizer, layout or {}
         self.retention, self.background, self.timeout_s = retention or Retention(), background, timeout_s
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        if dist.get_rank() == 0:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
         self._pending: _Pending | None = None
         self._plan: SavePlan | None = None
         self._index: Metadata | None = None
