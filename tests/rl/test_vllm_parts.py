@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 import time
 from concurrent.futures import Future
 from pathlib import Path
@@ -24,6 +26,7 @@ from phi4r.rl.rollout import Completion, OpenDraw, SampleRequest, SamplingOption
 from phi4r.rl.train import check_gap
 from phi4r.rl.vllm.client import CONNECTIONS, Client, ServerError, seed_of
 from phi4r.rl.vllm.fleet import Board
+from phi4r.rl.vllm.server import ServerProcess
 from phi4r.rl.vllm.standing import StandingDraws
 from phi4r.rl.vllm.weights import EMPTY, compare, digest, served_part
 
@@ -271,3 +274,20 @@ def test_a_missing_interpreter_says_how_to_get_one(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv(optional.VLLM_PYTHON, "/nowhere/bin/python")
     with pytest.raises(UserError, match="/nowhere/bin/python: no Python interpreter with vLLM here; `make"):
         optional.vllm_python()
+
+
+@pytest.mark.parametrize(
+    ("cores", "num_servers", "threads"), [(2, 1, 1), (2, 2, 1), (1, 1, 1), (9, 1, 8), (9, 2, 4), (64, 4, 15)]
+)
+def test_servers_share_the_cores_and_leave_one_to_the_trainer(
+    monkeypatch: pytest.MonkeyPatch, cores: int, num_servers: int, threads: int
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # the trainer's own
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    config = VLLMConfig(python=sys.executable, num_servers=num_servers)
+    variables = {
+        on_cpu: ServerProcess(0, config, "float32", 64, on_cpu, Path("log")).environment()
+        for on_cpu in (True, False)
+    }
+    assert variables[True]["OMP_NUM_THREADS"] == str(threads)
+    assert "OMP_NUM_THREADS" not in variables[False]

@@ -116,7 +116,7 @@ class ServerProcess:
         ]  # fmt: skip
 
     def environment(self) -> dict[str, str]:
-        """This process's environment without a rank's variables. What is chosen here may be set outside."""
+        """This process's environment without a rank's variables. What else is chosen may be set outside."""
         chosen = {
             "VLLM_SERVER_DEV_MODE": "1",  # the endpoints that load weights
             "VLLM_NO_USAGE_STATS": "1",
@@ -127,7 +127,7 @@ class ServerProcess:
             # The engine holds its only worker itself: one process less to start, a third of the time.
             chosen |= {
                 "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1",
-                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(self.num_threads),
             }  # fmt: skip
         inherited = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
         given = {**chosen, **inherited}
@@ -138,6 +138,12 @@ class ServerProcess:
         if self.key or self.transfer != "files":
             given["PYTHONPATH"] = os.pathsep.join(filter(None, [str(INSIDE), given.get("PYTHONPATH", "")]))
         return given
+
+    @property
+    def num_threads(self) -> int:
+        """On CPU: this server's share of the cores, one of which is left to the trainer. Threads of OpenMP
+        spin while they wait for each other: with more of them than cores, two servers are slower than one."""
+        return max(1, (len(os.sched_getaffinity(0)) - 1) // self.config.num_servers)
 
     @property
     def is_alive(self) -> bool:
