@@ -39,7 +39,8 @@ def provenance(*paths: str) -> dict[str, Any]:
     dirty ("")."""
     root = Path(__file__).parents[1]
     commit = git("rev-parse", "--short", "HEAD")
-    changed = git("status", "--porcelain", "--", *(str(root / path) for path in paths), f":!{RESULTS}")
+    sources = [str(root / path) for path in paths]
+    changed = git("status", "--porcelain", "--", *sources, f":(exclude){RESULTS}")
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit or os.environ.get("PHI4R_COMMIT", "unknown"),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import data as data_entry
-from benchmarks import rollout, step, suite, targets
+from benchmarks import rollout, rows, step, suite, targets
 from benchmarks.plot import draw_roofline, draw_scaling, newest
 from benchmarks.rows import append_rows, provenance, read_rows
 from tests.benchmarks.conftest import ENTRIES, ROOT
@@ -117,6 +117,23 @@ def test_a_row_says_which_commit_it_is_from_even_in_a_copy_without_git(
     monkeypatch.setenv("GIT_DIR", "/nowhere")
     monkeypatch.setenv("PHI4R_COMMIT", "abc1234")
     assert (provenance("benchmarks")["commit"], provenance("benchmarks")["dirty"]) == ("abc1234", "")
+
+
+def test_rows_themselves_do_not_make_a_commit_dirty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module, results = tmp_path / "benchmarks" / "rows.py", tmp_path / "benchmarks" / "results"
+    monkeypatch.setattr(rows, "__file__", str(module))
+    monkeypatch.setattr(rows, "RESULTS", results)
+    for name in ("GIT_AUTHOR_NAME", "GIT_AUTHOR_EMAIL", "GIT_COMMITTER_NAME", "GIT_COMMITTER_EMAIL"):
+        monkeypatch.setenv(name, "tests")
+    append_rows("old", ["a"], [{"a": 1}], results)
+    module.touch()
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    append_rows("old", ["a"], [{"a": 2}], results)
+    append_rows("new", ["a"], [{"a": 3}], results)
+    assert provenance("benchmarks")["dirty"] == 0
+    module.write_text("changed")
+    assert provenance("benchmarks")["dirty"] == 1
 
 
 # --- pictures and the table
