@@ -7,22 +7,31 @@ one these tests are skipped, but not with CI=true.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from torch import Tensor
 
 from phi4r import optional
+from phi4r.configs.load import load_stage, split_overrides
 from phi4r.configs.sections import ModelConfig, ParallelConfig, TrainConfig, VLLMConfig
+from phi4r.configs.stages import RLConfig
+from phi4r.convert.live import export_form
 from phi4r.errors import UserError
 from phi4r.model.names import load_weights, random_weights
 from phi4r.parallel.layout import init_layout
 from phi4r.rl.vllm.engine import VLLMEngine
+from phi4r.rl.vllm.server import ServerProcess
 from phi4r.train.engine import Engine
+from phi4r.train.session import open_tokenizer, resolve_model
 
 VOCAB, STOP_IDS, TEMPERATURE = 64, (3, 4), 0.8
+START_S = 300
 MODEL = ModelConfig.from_preset("tiny", vocab_size=VOCAB, max_position_embeddings=256)
 
 
@@ -74,3 +83,38 @@ def servers(
         yield engine
     finally:
         engine.close()
+
+
+@contextmanager
+def standing_servers(words: list[str], python: str, folder: Path) -> Iterator[str]:
+    """Two servers with random weights for the model of the runs `phi4r WORDS`, ready for either way of
+    transfer; their addresses, as in vllm.addresses."""
+    run = load_stage("rl", "tiny", split_overrides(words)[1]).config
+    assert isinstance(run, RLConfig)
+    export_form(resolve_model(run.model, open_tokenizer(run.tokenizer)), folder / "form", (0,), None)
+    longest = run.rollout.max_prompt_tokens + run.rollout.max_new_tokens
+    config = VLLMConfig(num_servers=2, python=python, transfer="gloo")
+    servers = [
+        ServerProcess(number, config, "float32", longest, True, folder / f"{number}.log")
+        for number in range(2)
+    ]
+    try:
+        for server in servers:
+            server.start(folder / "form")
+        until = time.monotonic() + START_S
+        for server in servers:
+            while not _is_healthy(server):
+                assert server.is_alive, server.last_words()
+                assert time.monotonic() < until, f"not healthy within {START_S} s"
+                time.sleep(0.5)
+        yield ",".join(server.url for server in servers)
+    finally:
+        for server in servers:
+            server.stop()
+
+
+def _is_healthy(server: ServerProcess) -> bool:
+    try:
+        return httpx.get(server.url + "/health", trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False

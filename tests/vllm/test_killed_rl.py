@@ -4,19 +4,11 @@ trained on exactly once. The servers outlive the trainers, which find them by ad
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
-from phi4r.configs.load import load_stage, split_overrides
-from phi4r.configs.sections import VLLMConfig
-from phi4r.configs.stages import RLConfig
-from phi4r.convert.live import export_form
-from phi4r.rl.vllm.server import ServerProcess
-from phi4r.train.session import open_tokenizer, resolve_model
 from tests.multiprocess.test_killed_rl import (
     GROUP,
     NUM_KILLS,
@@ -28,10 +20,11 @@ from tests.multiprocess.test_killed_rl import (
     samples,
 )
 from tests.multiprocess.test_resume import finish, metrics
+from tests.vllm.conftest import standing_servers
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1200)]
 
-STEPS, START_S = 40, 300
+STEPS = 40
 WORDS = [
     "rl", "tiny", "--train.num_steps", str(STEPS), "--checkpoint.every", "3", "--problems.num_generated",
     str(PROBLEMS), "--rollout.prompts_per_step", str(PROMPTS), "--rollout.group_size", str(GROUP),
@@ -42,42 +35,18 @@ MODES = {
     "one step ahead": [
         "--vllm.transfer", "gloo", "--rollout.staleness", "1", "--objective.importance_cap", "2",
     ],
+    "continuous": [
+        "--vllm.transfer", "gloo", "--rollout.staleness", "2", "--rollout.continuous",
+        "--objective.importance_cap", "2",
+    ],
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def addresses(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Two servers for the model of these runs, ready for either way of transfer."""
-    run = load_stage("rl", "tiny", split_overrides(WORDS)[1]).config
-    assert isinstance(run, RLConfig)
-    folder = Path(tmp_path_factory.mktemp("servers"))
-    export_form(resolve_model(run.model, open_tokenizer(run.tokenizer)), folder / "form", (0,), None)
-    longest = run.rollout.max_prompt_tokens + run.rollout.max_new_tokens
-    config = VLLMConfig(num_servers=2, python=vllm_python, transfer="gloo")
-    servers = [
-        ServerProcess(number, config, "float32", longest, True, folder / f"{number}.log")
-        for number in range(2)
-    ]
-    try:
-        for server in servers:
-            server.start(folder / "form")
-        until = time.monotonic() + START_S
-        for server in servers:
-            while not is_healthy(server):
-                assert server.is_alive, server.last_words()
-                assert time.monotonic() < until, f"not healthy within {START_S} s"
-                time.sleep(0.5)
-        yield ",".join(server.url for server in servers)
-    finally:
-        for server in servers:
-            server.stop()
-
-
-def is_healthy(server: ServerProcess) -> bool:
-    try:
-        return httpx.get(server.url + "/health", trust_env=False).status_code == 200
-    except httpx.TransportError:
-        return False
+    with standing_servers(WORDS, vllm_python, Path(tmp_path_factory.mktemp("servers"))) as found:
+        yield found
 
 
 @pytest.mark.parametrize("mode", MODES)
