@@ -20,8 +20,8 @@ HEADER = """\
 # What is proved, how, and on which layouts
 
 Made by `pytest --collect-only -q --proved=docs/proved.md` from the tests marked `proves`; do not edit.
-All of it runs on two CPU cores over gloo: tests/vllm by `make test-vllm`, tests/slurm by `make test-slurm`, of the others `slow`
-ones by `make test-slow` and the rest by `make test`.
+All of it runs on two CPU cores over gloo: tests/vllm by `make test-vllm`, tests/slurm by `make test-slurm`,
+of the others those marked `slow` by `make test-slow` and the rest by `make test`.
 
 | claim | how | layouts | cases | test |
 |---|---|---|---|---|
