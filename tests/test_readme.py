@@ -54,6 +54,11 @@ def measured_lines() -> list[str]:
     ours, theirs = rollout["embedded_128_slots"], rollout["transformers"]
     engines = {row["engine"]: row for row in rows("vllm_rl") if not row["settings"]}
     vllm = engines["vllm"]
+    runs = [row for row in rows("simulate") if row["commit"] == rows("simulate")[-1]["commit"]]
+    simulated = [row for row in runs if row["date"] == runs[-1]["date"]]
+    worst = max(abs(float(row["error"])) for row in runs)
+    synced = {row["transfer"]: row for row in rows("vllm_sync") if row["model"] == "100m"}
+    sync_s = {name: float(row["p50_s"]) for name, row in synced.items()}
     rates = [float(row["tokens_per_second"]) for row in (ours, theirs)]
 
     def link(name: str) -> str:
@@ -80,6 +85,14 @@ def measured_lines() -> list[str]:
          f" {vllm['killed_at']} of {vllm['steps']} steps", accuracy(vllm),
          f"embedded engine: {accuracy(engines['embedded'])}",
          f"sampler and trainer {float(vllm['mean_gap']):.0e} nats a token apart", "vllm_rl"),
+        (f"new weights of {int(synced['gloo']['parameters']) / 1e6:.0f}M parameters to"
+         f" {synced['gloo']['servers']} vLLM servers, proved", f"broadcast: {sync_s['gloo']:.1f} s",
+         f"files: {sync_s['files']:.1f} s", f"{sync_s['files'] / sync_s['gloo']:.2f}x", "vllm_sync"),
+        ("seconds of a GRPO step with 1 or 2 vLLM servers, simulated: "
+         + ", ".join(f"{row['mode'].split(',')[0]} {row['servers']}" for row in simulated),
+         ", ".join(f"{float(row['step_predicted_s']):.2f}" for row in simulated),
+         "measured: " + ", ".join(f"{float(row['step_s']):.2f}" for row in simulated),
+         f"at most {worst:.1%} off in {len(runs) // len(simulated)} runs", "simulate"),
         (f"grading {grading['cases']} responses of 14,000 tokens, {grading['workers']} workers",
          f"{float(grading['seconds']):.1f} s",
          f"their second opinion: {float(grading['audit_seconds']):.1f} s",
