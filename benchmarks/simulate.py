@@ -29,6 +29,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from benchmarks.rows import append_rows, provenance
+from benchmarks.suite import require_vllm
 from phi4r.configs.sections import ModelConfig, ParallelConfig, TrainConfig, VLLMConfig
 from phi4r.model.names import load_weights, random_weights
 from phi4r.parallel.layout import init_layout
@@ -199,6 +200,7 @@ def main() -> int:
     parser.add_argument("--train", type=float, default=1.0, help="seconds of a step's training")
     parser.add_argument("--cases", default=CASES, help="MODE SERVERS, ...")
     options = parser.parse_args()
+    require_vllm(parser)
     cases = [(name, int(number)) for name, number in (case.split() for case in options.cases.split(","))]
     shared = provenance("phi4r", "benchmarks/simulate.py")
     rows = []

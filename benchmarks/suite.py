@@ -40,6 +40,17 @@ class SkippedError(Exception):
     """Why an implementation is not compared here."""
 
 
+def require_vllm(parser: argparse.ArgumentParser) -> None:
+    """End with one line, and exit code 2, where there is no interpreter with vLLM."""
+    from phi4r import optional
+    from phi4r.errors import UserError
+
+    try:
+        optional.vllm_python()
+    except UserError as error:
+        parser.error(str(error))
+
+
 @dataclass(frozen=True)
 class Comparison:
     """One op at one size. `against`: what ratios are over (the first that is there); `bound`: which

@@ -29,6 +29,7 @@ import numpy as np
 import psutil
 
 from benchmarks.rows import append_rows, provenance
+from benchmarks.suite import require_vllm
 
 WINDOW = 5
 COLUMNS = [
@@ -107,6 +108,7 @@ def main() -> int:
     given = sys.argv[1:]
     end = given.index("--") if "--" in given else len(given)
     options, settings_given = parser.parse_args(given[:end]), given[end + 1 :]
+    require_vllm(parser)
     engines = {
         "embedded": [],
         "vllm": ["--rollout.engine", "vllm", "--vllm.num_servers", str(options.servers)],

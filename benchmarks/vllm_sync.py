@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.rows import append_rows, provenance
+from benchmarks.suite import require_vllm
 from phi4r.configs.sections import ModelConfig, ParallelConfig, TrainConfig, VLLMConfig
 from phi4r.model.names import load_weights, random_weights
 from phi4r.parallel.layout import init_layout
@@ -99,6 +100,7 @@ def main() -> int:
     parser.add_argument("--servers", type=int, default=2)
     parser.add_argument("--syncs", type=int, default=5)
     options = parser.parse_args()
+    require_vllm(parser)
     shared = provenance("phi4r", "kernels", "benchmarks")
     for name in options.models:
         with tempfile.TemporaryDirectory() as folder:

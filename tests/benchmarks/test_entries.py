@@ -119,6 +119,17 @@ def test_a_row_says_which_commit_it_is_from_even_in_a_copy_without_git(
     assert (provenance("benchmarks")["commit"], provenance("benchmarks")["dirty"]) == ("abc1234", "")
 
 
+@pytest.mark.parametrize("words", [["simulate"], ["vllm_sync"], ["vllm_rl", "runs/sft"]])
+def test_without_vllm_an_entry_ends_with_one_line(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PHI4R_VLLM_PYTHON", "/nowhere/python")
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module(f"benchmarks.{words[0]}").main()
+    assert "/nowhere/python: no Python interpreter with vLLM here" in capsys.readouterr().err
+
+
 def test_rows_themselves_do_not_make_a_commit_dirty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     module, results = tmp_path / "benchmarks" / "rows.py", tmp_path / "benchmarks" / "results"
     monkeypatch.setattr(rows, "__file__", str(module))
