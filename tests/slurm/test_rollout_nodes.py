@@ -127,7 +127,7 @@ def test_trainer_and_vllm_nodes_in_one_job_save_requeue_and_go_on(site: Site) ->
 def test_a_killed_rank_starts_again_with_new_servers_and_scancel_ends_them(site: Site) -> None:
     run, cluster = site.folder / "run", site.cluster
     steps = ("--train.num_steps", 4000, "--checkpoint.every", 1)
-    job = site.launch("rl", *RL, *steps, "--rollout-nodes", 1, "--run-dir", run)
+    job = site.launch("rl", *RL, *steps, "--vllm.transfer", "gloo", "--rollout-nodes", 1, "--run-dir", run)
     _, key = server_of(site, run)
     wait_in_run(site, run, "a checkpoint", lambda: list((run / "checkpoints").glob("step_*")), WAIT_S)
     os.kill(rank_pid(run, 0), signal.SIGKILL)
