@@ -147,7 +147,7 @@ def test_a_server_that_hangs_in_mid_transfer_fails_at_the_deadline_and_gets_its_
     metrics = at_addresses.sync(11)
     assert metrics["rollout_failures"] == 1
     assert metrics["rollout_servers"] == 2
-    assert 20 <= time.monotonic() - began < 90
+    assert 19 <= time.monotonic() - began < 90
     assert metrics["max_probe_gap"] < 1e-4
 
 
