@@ -151,6 +151,8 @@ def main() -> int:
         }
         for engine in engines
     ]
+    if options.kill_at and not rows[-1]["failures"]:
+        raise SystemExit("no server failed though one was to be killed: no row is written")
     print(f"written to {append_rows('vllm_rl', COLUMNS, rows)}")
     return 0
 

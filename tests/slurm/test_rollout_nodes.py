@@ -46,17 +46,19 @@ def site(cluster: Cluster, tmp_path: Path) -> Site:
     return made
 
 
-def server_of(site: Site, run: Path, other_than: str = "") -> tuple[Announcement, str]:
-    """The server that the trainer of a run uses, and its key, which is not `other_than`."""
+def servers_of(
+    site: Site, run: Path, number: int = 1, other_than: str = ""
+) -> tuple[list[Announcement], str]:
+    """The servers that the trainer of a run uses, `number` of them, and their key, which is not `other_than`."""
     registry, found = Registry(run / "servers"), list[Announcement]()
 
-    def is_there() -> bool:
+    def are_there() -> bool:
         order = registry.order()
         found[:] = registry.announcements(order.session) if order else []
-        return bool(found) and registry.key() != other_than
+        return len(found) == number and registry.key() != other_than
 
-    wait_in_run(site, run, "the vLLM server", is_there, WAIT_S)
-    return found[0], registry.key()
+    wait_in_run(site, run, f"{number} vLLM server(s)", are_there, WAIT_S)
+    return found, registry.key()
 
 
 def statuses(url: str, key: str) -> dict[str, int]:
@@ -86,7 +88,7 @@ def test_trainer_and_vllm_nodes_in_one_job_save_requeue_and_go_on(site: Site) ->
     run, cluster = site.folder / "run", site.cluster
     steps = ("--train.num_steps", STEPS, "--checkpoint.every", 10)
     job = site.launch("rl", *RL, *steps, "--rollout-nodes", 1, "--run-dir", run)
-    server, key = server_of(site, run)
+    (server,), key = servers_of(site, run)
     seen = command_lines()
     assert "phi4r_guard.Guard" in seen, story(run)  # the server's command line is among them
     shown = cluster.run("scontrol", "show", "job", job) + cluster.run("squeue", "-o", "%all")
@@ -101,7 +103,7 @@ def test_trainer_and_vllm_nodes_in_one_job_save_requeue_and_go_on(site: Site) ->
     cluster.run("scancel", "--batch", "--signal=USR2", job)  # what --signal sends before the time limit
     wait_in_run(site, run, "the requeue", lambda: "requeued" in dict(history(run)), WAIT_S)
     cluster.wait_for("the end of the server", lambda: not is_served(run))
-    _, new_key = server_of(site, run, other_than=key)
+    _, new_key = servers_of(site, run, other_than=key)
     cluster.wait(job, seconds=WAIT_S)
     for component in (job, job + 1):
         ended = cluster.job(component)
@@ -124,18 +126,21 @@ def test_trainer_and_vllm_nodes_in_one_job_save_requeue_and_go_on(site: Site) ->
     assert not [path for path, text in contents.items() if key.encode() in text or new_key.encode() in text]
 
 
-def test_a_killed_rank_starts_again_with_new_servers_and_scancel_ends_them(site: Site) -> None:
+def test_a_killed_rank_starts_again_with_new_servers_on_two_nodes_and_scancel_ends_them(site: Site) -> None:
     run, cluster = site.folder / "run", site.cluster
     steps = ("--train.num_steps", 4000, "--checkpoint.every", 1)
-    job = site.launch("rl", *RL, *steps, "--vllm.transfer", "gloo", "--rollout-nodes", 1, "--run-dir", run)
-    _, key = server_of(site, run)
+    job = site.launch("rl", *RL, *steps, "--vllm.transfer", "gloo", "--rollout-nodes", 2, "--run-dir", run)
+    servers, key = servers_of(site, run, 2)
+    assert sorted(server.node for server in servers) == ["127.0.0.2", "127.0.0.3"]
     wait_in_run(site, run, "a checkpoint", lambda: list((run / "checkpoints").glob("step_*")), WAIT_S)
     os.kill(rank_pid(run, 0), signal.SIGKILL)
-    server_of(site, run, other_than=key)
+    servers_of(site, run, 2, other_than=key)
     again = f"logs/{job}.0.1/rank_00000.log"
     wait_in_run(site, run, "a step", lambda: re.search(r"^rl \d+/", (run / again).read_text(), re.M), WAIT_S)
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["rollout_servers"], last["rollout_failures"]) == (2, 0)
     ((how, why),) = history(run)
     assert (how, "task 0: Killed" in why) == ("lost", True), why
     cluster.run("scancel", job)
     assert cluster.wait(job)["JobState"] == "CANCELLED", story(run)
-    cluster.wait_for("the end of the server", lambda: not is_served(run), 60)
+    cluster.wait_for("the end of the servers", lambda: not is_served(run), 60)
