@@ -49,7 +49,7 @@ def site(cluster: Cluster, tmp_path: Path) -> Site:
 def servers_of(
     site: Site, run: Path, number: int = 1, other_than: str = ""
 ) -> tuple[list[Announcement], str]:
-    """The servers that the trainer of a run uses, `number` of them, and their key, which is not `other_than`."""
+    """The `number` servers that the trainer of a run uses, and their key, which is not `other_than`."""
     registry, found = Registry(run / "servers"), list[Announcement]()
 
     def are_there() -> bool:
