@@ -3,18 +3,19 @@
 The format has no layout in it: a tensor is stored once under its global name, each rank asks for its part.
 Saving is in `phi4r.train.save`; folders and what makes a checkpoint whole in `phi4r.train.folders`.
 
+The states of a distributed optimizer are read by `phi4r.train.state_chunks`, all else by megatron-core.
+
 megatron-core 0.16.1 without transformer-engine or apex cannot resume its distributed optimizer by itself. The
-three work-rounds are `fill_adam_state`, `set_states_without_step` and `unshare_steps`; `WORK_ROUNDS` names
-them so that a test can leave each one out and see what breaks.
+two work-rounds are `fill_adam_state` and `unshare_steps`; `WORK_ROUNDS` names them so that a test can leave
+each one out and see what breaks. (A third fault is in its code for the states.)
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -25,7 +26,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from phi4r.configs.sections import ModelConfig
 from phi4r.errors import UserError
@@ -39,13 +39,12 @@ from phi4r.train.folders import (
     read_model_config,
     resolve_checkpoint,
 )
-from phi4r.train.state_chunks import states_left_out
+from phi4r.train.state_chunks import load_states, states_left_out
 
 T = TypeVar("T")
 
 WORK_ROUNDS = {
     "fill_adam_state": "a fresh AdamW has no state, but DistributedOptimizer.state_dict wants a common step",
-    "set_states_without_step": "DistributedOptimizer copies states by name, and no 'step' is loaded",
     "unshare_steps": "all loaded parameters share one step tensor, so AdamW counts a step once per parameter",
 }
 
@@ -81,8 +80,6 @@ def load_checkpoint(
         _check_optimizer(folder, manifest, optimizer)
         if "fill_adam_state" not in leave_out:
             fill_adam_state(optimizer)
-        if "set_states_without_step" not in leave_out:
-            set_states_without_step(optimizer)
     location = str(folder / DIST)
     strategy: Any = get_default_load_sharded_strategy(location)
     group = mpu.get_data_parallel_group(with_context_parallel=True)
@@ -101,8 +98,10 @@ def load_checkpoint(
             # megatron-core's plain optimizers leave a step of 0 out when they save
             plain = loaded["optimizer"].get("optimizer", loaded["optimizer"])
             plain["state"].setdefault("common_step", torch.tensor(0.0))
-        with _states_as_wide_as(chunks):
+        parts = optimizer_parts(optimizer)
+        with states_left_out(parts):
             optimizer.load_state_dict(loaded["optimizer"])
+        load_states(folder / DIST, parts, sharded_state(chunks, None, is_loading=True))
         if "unshare_steps" not in leave_out:
             unshare_steps(optimizer)
     dist.barrier()
@@ -201,31 +200,12 @@ def sharded_state(chunks: Sequence[nn.Module], optimizer: Any | None, *, is_load
     }
     if optimizer is None:
         return model
-    with _states_as_wide_as(chunks) if is_loading else states_left_out(optimizer_parts(optimizer)):
+    with states_left_out(optimizer_parts(optimizer)):
         state = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
     return model | {"optimizer": state}
 
 
-class _DoubleStates(TorchFunctionMode):
-    """Optimizer states that are made as fp32 become fp64."""
-
-    def __torch_function__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in (torch.zeros, torch.empty) and kwargs.get("dtype") is torch.float32:
-            kwargs = {**kwargs, "dtype": torch.float64}
-        return func(*args, **kwargs)
-
-
-def _states_as_wide_as(chunks: Sequence[nn.Module]) -> AbstractContextManager[Any]:
-    """megatron-core's distributed optimizer reads its states as fp32, which would round those of an fp64
-    model, and with them its weights."""
-    is_double = any(p.dtype == torch.float64 for chunk in chunks for p in chunk.parameters())
-    return _DoubleStates() if is_double else nullcontext()
-
-
-# --- the three work-rounds (see WORK_ROUNDS)
+# --- the work-rounds (see WORK_ROUNDS)
 
 
 def optimizer_parts(optimizer: Any) -> list[Any]:
@@ -249,24 +229,6 @@ def fill_adam_state(optimizer: Any) -> None:
                         "exp_avg": torch.zeros_like(parameter.data),
                         "exp_avg_sq": torch.zeros_like(parameter.data),
                     }
-
-
-def set_states_without_step(optimizer: Any) -> None:
-    """Make the distributed optimizer copy the states that a checkpoint holds, and no others, outside
-    autograd.
-    """
-
-    @torch.no_grad()
-    def set_states(self: Any, model_parameter: Any, tensors: dict[str, torch.Tensor]) -> None:
-        group, order = self.model_param_group_index_map[model_parameter]
-        main = self.optimizer.param_groups[group]["params"][order]
-        state = self.optimizer.state[main]
-        for name, tensor in tensors.items():
-            (main if name == "param" else state[name]).copy_(tensor)
-
-    for part in _torch_parts(optimizer):
-        if hasattr(part, "_set_main_param_and_optimizer_states"):
-            part._set_main_param_and_optimizer_states = MethodType(set_states, part)
 
 
 def unshare_steps(optimizer: Any) -> None:
