@@ -213,9 +213,8 @@ def _pieces(entry: Any, start: int, states: dict[str, Tensor], *, with_copies: b
         assert part.data is not None
         assert part.data.is_contiguous()
         assert isinstance(part.replica_id, tuple)
-        if (
-            any(part.replica_id[:-1]) and not with_copies
-        ):  # over (pipeline, tensor, data); the last is shared out
+        # Copies over (pipeline, tensor, data): of the last, ranges are shared out.
+        if any(part.replica_id[:-1]) and not with_copies:
             continue
         first = part.data.storage_offset() - weight.storage_offset()
         ones = (1,) * part.prepend_axis_num  # the layers of a kind are one array
