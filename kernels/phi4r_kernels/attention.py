@@ -168,7 +168,7 @@ def _launch_backward(
 # --- torch operators: forward and backward as two opaque ops, with shapes for tracing
 
 
-@torch.library.custom_op("phi4r::attention_fwd", mutates_args=())
+@torch.library.custom_op("phi4r_kernels::attention_fwd", mutates_args=())
 def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, q_tiles: Tensor, k_tiles: Tensor, scale: float, deterministic: bool,
     path: str,
@@ -190,7 +190,7 @@ def _(
     return q.new_empty(q.shape), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)
 
 
-@torch.library.custom_op("phi4r::attention_bwd", mutates_args=())
+@torch.library.custom_op("phi4r_kernels::attention_bwd", mutates_args=())
 def _backward_op(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, q_tiles: Tensor, k_tiles: Tensor,
     scale: float, deterministic: bool, path: str,

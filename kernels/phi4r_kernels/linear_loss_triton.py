@@ -384,7 +384,7 @@ def _gradient_of(logits_CV: Tensor, dtype: torch.dtype) -> Tensor:
     return logits_CV.view(dtype)[:, : logits_CV.size(1)]
 
 
-@torch.library.custom_op("phi4r::linear_loss_stats", mutates_args=())
+@torch.library.custom_op("phi4r_kernels::linear_loss_stats", mutates_args=())
 def _stats_op(logits: Tensor, targets: Tensor, scale: float, with_entropy: bool) -> Tensor:
     count, size = logits.shape
     stats = logits.new_empty(4, count, dtype=torch.float32)
@@ -402,7 +402,7 @@ def _(logits: Tensor, targets: Tensor, scale: float, with_entropy: bool) -> Tens
     return logits.new_empty(4, logits.size(0), dtype=torch.float32)
 
 
-@torch.library.custom_op("phi4r::linear_loss_values", mutates_args=())
+@torch.library.custom_op("phi4r_kernels::linear_loss_values", mutates_args=())
 def _values_op(
     stats: Tensor, terms: Tensor, scale: float, numbers: Sequence[float], flags: Sequence[int]
 ) -> Tensor:
@@ -421,7 +421,7 @@ def _(stats: Tensor, terms: Tensor, scale: float, numbers: Sequence[float], flag
     return stats.new_empty(8, stats.size(2))
 
 
-@torch.library.custom_op("phi4r::linear_loss_grad", mutates_args=("logits",))
+@torch.library.custom_op("phi4r_kernels::linear_loss_grad", mutates_args=("logits",))
 def _grad_op(
     logits: Tensor, targets: Tensor, values: Tensor, scale: float, low: bool, with_entropy: bool
 ) -> None:
@@ -441,7 +441,7 @@ def _(logits: Tensor, targets: Tensor, values: Tensor, scale: float, low: bool, 
     return None
 
 
-@torch.library.custom_op("phi4r::linear_loss_and_grad", mutates_args=("logits",))
+@torch.library.custom_op("phi4r_kernels::linear_loss_and_grad", mutates_args=("logits",))
 def _loss_and_grad_op(
     logits: Tensor,
     targets: Tensor,
