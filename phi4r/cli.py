@@ -568,15 +568,26 @@ def _run(words: Sequence[str]) -> int:
     return code if isinstance(code, int) else 0
 
 
+def _flush_output() -> bool:
+    """Whether whoever reads our output has got all of it. If they have gone away, Python's own flush at the
+    end must not complain either. (typer sees to output that does not fit into the buffer.)"""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
+
+
 def main(words: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit with its code; the one place where errors become messages."""
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     name = "phi4r" if rank == "0" else f"phi4r (rank {rank})"
     try:
         code = _run(sys.argv[1:] if words is None else words)
-        sys.stdout.flush()
+        code = code if _flush_output() else 1
     except UserError as error:
-        sys.stdout.flush()
+        _flush_output()
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         code = 2
     except (InterruptedRunError, KeyboardInterrupt) as error:

@@ -189,11 +189,15 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "--version") == (0, f"phi4r {package.__version__}\n", "")
 
 
-def test_a_reader_that_has_gone_away_is_no_traceback() -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_gone_away_is_no_traceback(unbuffered: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     code = "from phi4r import cli; cli.COMMANDS['doctor'] = cli.Command('', None, 'tests.cli.targets:speak');"
     command = [sys.executable, "-c", code + "cli.main(['doctor'])"]
-    ended = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    ended = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60
+    )
     os.close(writer)
     assert (ended.returncode, ended.stderr) == (1, "")
