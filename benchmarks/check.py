@@ -40,7 +40,7 @@ TESTS: dict[str, Tests] = {
     "grpo_head": Tests((_HEAD,)),
     "step": Tests((_ATTENTION, _HEAD)),
     "kernels": Tests(("tests/{where}/test_*.py",)),
-    "rollout": Tests(("tests/rl/test_rollout.py",), ("phi4r", "kernels/phi4r_kernels")),
+    "rollout": Tests(("tests/sampling/test_embedded.py",), ("phi4r", "kernels/phi4r_kernels")),
     "data": Tests(
         ("tests/data/test_packing.py", "tests/data/test_render.py"), ("phi4r", "kernels/phi4r_kernels")
     ),

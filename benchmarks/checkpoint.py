@@ -27,7 +27,7 @@ import numpy as np
 from benchmarks.rows import append_rows, provenance
 from phi4r.configs.sections import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from phi4r.data.packing import Document, PackedRow, pack
-from phi4r.model.names import load_weights, random_weights
+from phi4r.models.names import load_weights, random_weights
 from phi4r.parallel.layout import distributed_session, init_layout
 from phi4r.train.checkpoint import load_checkpoint
 from phi4r.train.engine import Engine, sft_loss

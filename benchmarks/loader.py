@@ -32,11 +32,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.rows import append_rows, provenance
-from phi4r import optional
+from phi4r.core import optional
+from phi4r.core.io import atomic_write_json
 from phi4r.data.dali import DaliLoader
 from phi4r.data.loader import Loader, row_at
 from phi4r.data.shards import FORMAT, INDEX, ShardRow, ShardRows, shard_paths, write_array
-from phi4r.io import atomic_write_json
 from phi4r.plan import scale
 
 COLUMNS = [

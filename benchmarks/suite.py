@@ -42,8 +42,8 @@ class SkippedError(Exception):
 
 def require_vllm(parser: argparse.ArgumentParser) -> None:
     """End with one line, and exit code 2, where there is no interpreter with vLLM."""
-    from phi4r import optional
-    from phi4r.errors import UserError
+    from phi4r.core import optional
+    from phi4r.core.errors import UserError
 
     try:
         optional.vllm_python()

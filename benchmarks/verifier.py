@@ -29,8 +29,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.rows import RESULTS, append_rows, provenance, read_rows
-from phi4r.console import Progress, say
-from phi4r.io import atomic_write_text
+from phi4r.core.console import Progress, say
+from phi4r.core.io import atomic_write_text
 from phi4r.verify.audit import disagrees, with_second
 from phi4r.verify.extract import gold_answer
 from phi4r.verify.pool import VerifierPool

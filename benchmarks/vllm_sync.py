@@ -25,9 +25,9 @@ import numpy as np
 from benchmarks.rows import append_rows, provenance
 from benchmarks.suite import require_vllm
 from phi4r.configs.sections import ModelConfig, ParallelConfig, TrainConfig, VLLMConfig
-from phi4r.model.names import load_weights, random_weights
+from phi4r.models.names import load_weights, random_weights
 from phi4r.parallel.layout import init_layout
-from phi4r.rl.vllm.engine import VLLMEngine
+from phi4r.sampling.vllm.engine import VLLMEngine
 from phi4r.train.engine import Engine
 
 COLUMNS = [

@@ -1,5 +1,5 @@
 """`python -m phi4r` is the `phi4r` command."""
 
-from phi4r.cli import main
+from phi4r.cli.main import main
 
 main()

@@ -16,7 +16,7 @@ import torch
 from transformers import Phi3Config, Phi3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from phi4r.cli import main
+from phi4r.cli.main import main
 
 transformers_logging.disable_progress_bar()
 

@@ -23,8 +23,8 @@ from phi4r.configs.model_presets import PRESETS
 from phi4r.configs.schema import as_dict, closest, coerce, fields_of, from_text, sections_of, unknown
 from phi4r.configs.sections import ParallelConfig
 from phi4r.configs.stages import STAGES, StageConfig
-from phi4r.errors import ConfigError, UserError
-from phi4r.io import atomic_write_json
+from phi4r.core.errors import ConfigError, UserError
+from phi4r.core.io import atomic_write_json
 
 COMMAND_LINE = "command line"
 

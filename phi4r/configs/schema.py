@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from phi4r.errors import ConfigError
+from phi4r.core.errors import ConfigError
 
 
 class Field(NamedTuple):

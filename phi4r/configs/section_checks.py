@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from phi4r.errors import ConfigError
+from phi4r.core.errors import ConfigError
 
 
 def require(condition: bool, key: str, reason: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from phi4r.configs.model_presets import PRESETS
 from phi4r.configs.section_checks import at_least, between, positive, require
-from phi4r.errors import ConfigError
+from phi4r.core.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from phi4r.configs.section_checks import at_least, positive, require
-from phi4r.errors import ConfigError
+from phi4r.core.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)

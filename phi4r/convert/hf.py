@@ -15,10 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from phi4r.console import Progress, is_main_rank, say
+from phi4r.core.console import Progress, is_main_rank, say
+from phi4r.core.errors import UserError
+from phi4r.core.io import atomic_write_json
 from phi4r.data.tokenizer import Tokenizer
-from phi4r.errors import UserError
-from phi4r.huggingface import (
+from phi4r.models.huggingface import (
     INDEX,
     TOKENIZER_FILES,
     Dtype,
@@ -30,7 +31,6 @@ from phi4r.huggingface import (
     read_raw_config,
     shard_names,
 )
-from phi4r.io import atomic_write_json
 from phi4r.train.folders import (
     DIST,
     MANIFEST,
@@ -100,7 +100,7 @@ def hf_to_phi4r(src: Path, dst: Path) -> None:
     import torch
 
     from phi4r.convert.stream import StreamWriter
-    from phi4r.model.names import hf_tensors, to_mcore, weight_table
+    from phi4r.models.names import hf_tensors, to_mcore, weight_table
 
     model = read_hf_config(src)
     weights = HFWeights(src)
@@ -139,7 +139,7 @@ def phi4r_to_hf(src: Path, dst: Path, max_shard_bytes: int = SHARD_BYTES) -> Non
     import torch
 
     from phi4r.convert.stream import StreamReader
-    from phi4r.model.names import from_mcore, weight_table
+    from phi4r.models.names import from_mcore, weight_table
 
     kind, checkpoint = resolve_checkpoint(src)
     if kind != "phi4r":

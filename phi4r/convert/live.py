@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from phi4r.configs.sections import ModelConfig
 from phi4r.convert.hf import SHARD_BYTES, new_folder
-from phi4r.huggingface import INDEX, ShardWriter, hf_config, plan_shards, shard_names
-from phi4r.io import atomic_write_json
-from phi4r.model.names import Weight, from_mcore, local_weights, unshard, weight_table
+from phi4r.core.io import atomic_write_json
+from phi4r.models.huggingface import INDEX, ShardWriter, hf_config, plan_shards, shard_names
+from phi4r.models.names import Weight, from_mcore, local_weights, unshard, weight_table
 from phi4r.parallel.layout import Layout
 from phi4r.train.save import finish_param_gather
 

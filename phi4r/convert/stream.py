@@ -27,8 +27,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from phi4r.errors import UserError
-from phi4r.model.names import Weight
+from phi4r.core.errors import UserError
+from phi4r.models.names import Weight
 
 FILE_BYTES = 4 << 30
 """A data file is closed once it is longer than this."""

@@ -23,7 +23,9 @@ import numpy as np
 
 from phi4r.configs.load import write_resolved
 from phi4r.configs.stages import CurateConfig
-from phi4r.console import Progress, console, say
+from phi4r.core.console import Progress, console, say
+from phi4r.core.errors import UserError
+from phi4r.core.io import JsonlWriter, atomic_write_json, read_jsonl
 from phi4r.curate.decontaminate import decontaminate
 from phi4r.curate.dedup import deduplicate
 from phi4r.curate.difficulty import SamplePassRate, apply_mixture, parse_mixture, teachable_band
@@ -32,8 +34,6 @@ from phi4r.curate.report import build_report, print_funnel, removed_row, stage_s
 from phi4r.curate.stage import StageResult
 from phi4r.curate.validate import same_answer, task_check, tidy, validate
 from phi4r.data.records import Problem, find_files, load_problems
-from phi4r.errors import UserError
-from phi4r.io import JsonlWriter, atomic_write_json, read_jsonl
 from phi4r.tasks import get_task
 from phi4r.train.folders import find_latest
 
@@ -97,7 +97,7 @@ def main(
     else:
         skipped.append("decontaminate did not run: no held-out problems (curate.heldout_path)")
     if sample_pass_rate is None and settings.checkpoint:
-        sample_pass_rate = importlib.import_module("phi4r.rl.pass_rate").load_sampler(config)
+        sample_pass_rate = importlib.import_module("phi4r.curate.pass_rate").load_sampler(config)
     if sample_pass_rate is not None:
         state = _measure(state, run_dir, config, sample_pass_rate)
     else:

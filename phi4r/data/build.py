@@ -28,7 +28,9 @@ import numpy.typing as npt
 
 from phi4r.configs.sections import DataConfig, TokenizerConfig
 from phi4r.configs.stages import SFTConfig
-from phi4r.console import say
+from phi4r.core.console import say
+from phi4r.core.errors import UserError
+from phi4r.core.io import JsonlWriter, atomic_write_json
 from phi4r.data import mixture, native
 from phi4r.data.packing import Document, fit_documents
 from phi4r.data.records import (
@@ -46,8 +48,6 @@ from phi4r.data.render import render_example
 from phi4r.data.sft_data import draw_heldout, question, trainable
 from phi4r.data.shards import FORMAT, INDEX, SETTINGS, fingerprint, mark_targets, shard_paths, write_array
 from phi4r.data.tokenizer import Tokenizer
-from phi4r.errors import UserError
-from phi4r.io import JsonlWriter, atomic_write_json
 
 TASK_DEADLINE_S = 3600.0
 """Seconds after which a part or a shard is given up."""

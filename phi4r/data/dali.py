@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from phi4r import optional
+from phi4r.core import optional
+from phi4r.core.errors import UserError
 from phi4r.data.loader import StepRows
 from phi4r.data.packing import PackedRow
 from phi4r.data.shards import ShardRow, ShardRows
-from phi4r.errors import UserError
 
 NAMES = ("input_ids", "labels", "position_ids", "loss_mask")
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from phi4r.errors import UserError
+from phi4r.core.errors import UserError
 
 
 def parse(text: str) -> dict[str, float]:

@@ -19,8 +19,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from phi4r.core.errors import UserError
 from phi4r.data import native
-from phi4r.errors import UserError
 
 OnLong = Literal["error", "truncate", "skip"]
 

@@ -22,8 +22,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from phi4r.errors import UserError
-from phi4r.io import JsonlWriter
+from phi4r.core.errors import UserError
+from phi4r.core.io import JsonlWriter
 
 OnBadRow = Literal["stop", "skip"]
 ROLES = ("system", "user", "assistant")

@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from phi4r.core.errors import UserError
 from phi4r.data.records import ROLES, Conversation, Message, Problem
 from phi4r.data.tokenizer import Tokenizer
-from phi4r.errors import UserError
 
 THINK, END_THINK = "<think>", "</think>"
 

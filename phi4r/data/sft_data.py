@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from phi4r.configs.sections import DataConfig, require
+from phi4r.core.errors import UserError
 from phi4r.data.packing import Document, LengthReport, PackedRow, efficiency, fit_documents, pack
 from phi4r.data.records import Conversation, LoadReport, Problem, Record, load_records
 from phi4r.data.render import problem_reply, render_example, split_think
 from phi4r.data.shards import ShardRows, fingerprint, read_index, read_settings
 from phi4r.data.tokenizer import Tokenizer
-from phi4r.errors import UserError
 
 # Streams of the run's seed; another use of the same seed takes another number.
 _SPLIT_STREAM = 0x51

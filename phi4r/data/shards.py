@@ -26,9 +26,9 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
+from phi4r.core.errors import UserError
 from phi4r.data.packing import PackedRow
 from phi4r.data.tokenizer import Tokenizer
-from phi4r.errors import UserError
 
 FORMAT = "phi4r-shards-1"
 INDEX = "index.json"

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from phi4r.errors import UserError
+from phi4r.core.errors import UserError
 
 CHAT_SYMBOLS = ("<|endoftext|>", "<pad>", "<|im_start|>", "<|im_sep|>", "<|im_end|>", "<think>", "</think>")
 

@@ -15,8 +15,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
+from phi4r.core.errors import UserError
 from phi4r.data import spm
-from phi4r.errors import UserError
 
 # Names of the special tokens, by role. The first name that the tokenizer has is taken.
 ROLE_NAMES: dict[str, tuple[str, ...]] = {

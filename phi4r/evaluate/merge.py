@@ -9,8 +9,9 @@ from typing import Any
 
 from phi4r.configs.load import load_stage
 from phi4r.configs.stages import EvalConfig
-from phi4r.console import console
-from phi4r.errors import UserError
+from phi4r.core.console import console
+from phi4r.core.errors import UserError
+from phi4r.core.io import atomic_write_json
 from phi4r.evaluate.results import (
     Results,
     SummarySettings,
@@ -19,7 +20,6 @@ from phi4r.evaluate.results import (
     summary_table,
     write_results,
 )
-from phi4r.io import atomic_write_json
 
 
 def main(folder: Path) -> None:

@@ -20,8 +20,9 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from phi4r import __version__
-from phi4r.console import say
-from phi4r.errors import UserError
+from phi4r.core.console import say
+from phi4r.core.errors import UserError
+from phi4r.core.io import atomic_write_text, read_jsonl
 from phi4r.evaluate import plots, story, timeline
 from phi4r.evaluate.results import (
     Record,
@@ -35,7 +36,6 @@ from phi4r.evaluate.results import (
     read_results,
     summarise,
 )
-from phi4r.io import atomic_write_text, read_jsonl
 
 _PACKAGES = ("torch", "megatron-core", "numpy", "scipy", "math-verify", "tokenizers", "sentencepiece")
 

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from phi4r.errors import UserError
+from phi4r.core.errors import UserError
+from phi4r.core.io import JsonlWriter, read_jsonl
 from phi4r.evaluate import statistics
 from phi4r.evaluate.statistics import Interval
-from phi4r.io import JsonlWriter, read_jsonl
 
 OUTCOMES = ("correct", "wrong", "no_answer", "timeout", "error")
 

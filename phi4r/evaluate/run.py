@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from phi4r.configs.stages import EvalConfig
-from phi4r.console import Progress, console, is_main_rank
+from phi4r.core.console import Progress, console, is_main_rank
+from phi4r.core.errors import UserError
+from phi4r.core.io import atomic_write_json
 from phi4r.data.records import Problem
 from phi4r.data.render import render_prompt
-from phi4r.errors import UserError
 from phi4r.evaluate.results import (
     Results,
     SummarySettings,
@@ -24,13 +25,12 @@ from phi4r.evaluate.results import (
     summary_table,
     write_results,
 )
-from phi4r.io import atomic_write_json
 from phi4r.parallel.layout import broadcast_object, distributed_session
 from phi4r.rl.audit import write_audit
 from phi4r.rl.grade import to_samples
 from phi4r.rl.problems import get_problems
-from phi4r.rl.rollout import EmbeddedEngine, SampleRequest, SamplingOptions
 from phi4r.rl.types import Sample
+from phi4r.sampling.embedded import EmbeddedEngine, SampleRequest, SamplingOptions
 from phi4r.tasks import grade_responses
 from phi4r.train.session import Inference, open_inference
 from phi4r.verify.pool import VerifierPool

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
-from phi4r.errors import UserError
+from phi4r.core.errors import UserError
 
 FOLDER = "PHI4R_ATTEMPT_DIR"
 BEAT_S = 1.0

@@ -13,8 +13,8 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from phi4r.errors import UserError
-from phi4r.io import atomic_write_json
+from phi4r.core.errors import UserError
+from phi4r.core.io import atomic_write_json
 
 _folder: Path | None = None
 

@@ -36,7 +36,7 @@ from phi4r.configs.load import from_tree
 from phi4r.configs.schema import as_dict
 from phi4r.configs.sections import ParallelConfig
 from phi4r.configs.stages import STAGES
-from phi4r.errors import UserError
+from phi4r.core.errors import UserError
 
 GRACE_S = 10.0
 """Seconds between asking a rank to end (SIGTERM) and killing it."""

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from phi4r.configs.sections import ParallelConfig
-from phi4r.errors import UserError
+from phi4r.core.errors import UserError
 from phi4r.parallel import cpu
 
 

@@ -10,8 +10,8 @@ import sys
 import threading
 from pathlib import Path
 
-from phi4r.errors import UserError
-from phi4r.io import atomic_write_json, atomic_write_text
+from phi4r.core.errors import UserError
+from phi4r.core.io import atomic_write_json, atomic_write_text
 from phi4r.parallel.failure import fail, report_to
 
 

@@ -20,7 +20,7 @@ from phi4r.configs.stages import stage_layers
 from phi4r.plan.states import BYTES, FP32
 
 DENSE_MASK_TOKENS = 512
-"""Rows up to this length go through one masked attention call on the CPU (`phi4r.model.backends`)."""
+"""Rows up to this length go through one masked attention call on the CPU (`phi4r.models.backends`)."""
 
 
 @dataclass(frozen=True)

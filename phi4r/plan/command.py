@@ -8,8 +8,8 @@ from pathlib import Path
 
 from phi4r.configs.load import Loaded
 from phi4r.configs.stages import RLConfig, SFTConfig
-from phi4r.console import say
-from phi4r.errors import UserError
+from phi4r.core.console import say
+from phi4r.core.errors import UserError
 from phi4r.plan import split
 from phi4r.plan.hardware import find_gpu, load_rates
 from phi4r.plan.search import Candidate, Cluster, Search, explain, layout_text, overrides, search

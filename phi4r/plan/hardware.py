@@ -9,7 +9,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from phi4r.errors import UserError
+from phi4r.core.errors import UserError
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 OURS = ("phi4r", "ours")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from phi4r.errors import UserError
+from phi4r.core.errors import UserError
 from phi4r.plan.simulate import Simulated
 from phi4r.plan.split import COUNTED_STEPS, Plan
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from phi4r.configs.sections import ParallelConfig
 from phi4r.configs.stages import RLConfig, SFTConfig, check_layout
-from phi4r.errors import ConfigError
+from phi4r.core.errors import ConfigError
 from phi4r.plan.hardware import Rates
 from phi4r.plan.memory import FRAGMENTATION, GIB, Memory, worst_stage
 from phi4r.plan.speed import StepTime, Work, model_flops_per_token, step_time, tokens_per_step

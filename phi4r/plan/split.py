@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from phi4r.configs.stages import RLConfig
-from phi4r.errors import UserError
+from phi4r.core.errors import UserError
 from phi4r.plan.hardware import PRODUCT_EFFICIENCY, Rates
 from phi4r.plan.memory import GIB
 from phi4r.plan.search import Candidate, Cluster, legal_tp, search

@@ -15,8 +15,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from phi4r.io import JsonlWriter, read_jsonl
-from phi4r.rl.rollout import Completion
+from phi4r.core.io import JsonlWriter, read_jsonl
+from phi4r.sampling.embedded import Completion
 
 
 class AheadFolder:

@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
+from phi4r.core.errors import UserError
+from phi4r.core.io import JsonlWriter, read_jsonl
 from phi4r.data.records import Problem
-from phi4r.errors import UserError
-from phi4r.io import JsonlWriter, read_jsonl
 from phi4r.rl.types import Sample
 from phi4r.verify.audit import audit_row, disagrees, drawn
 from phi4r.verify.strict import Verdict

@@ -19,7 +19,7 @@ from phi4r_kernels.linear_loss import LinearLossResult, LossSpec
 from torch import Tensor
 
 from phi4r.data.packing import Document
-from phi4r.rl.objective import (
+from phi4r.objectives.grpo import (
     MAX_LOG_RATIO,
     Normalization,
     ObjectiveSettings,

@@ -26,8 +26,8 @@ from phi4r.rl.advantages import Advantages
 from phi4r.rl.curriculum import open_draws
 from phi4r.rl.draws import ContinuousDraws, DrawSampler, StepDraws
 from phi4r.rl.grade import grade, to_samples, to_trajectories
-from phi4r.rl.rollout import BusySpan, Completion, RolloutEngine, SampleRequest
 from phi4r.rl.types import Trajectory
+from phi4r.sampling.embedded import BusySpan, Completion, RolloutEngine, SampleRequest
 from phi4r.verify.audit import audit_counts
 from phi4r.verify.judge import judge_counts
 from phi4r.verify.pool import VerifierPool

@@ -27,9 +27,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from phi4r.configs.sections import RolloutConfig
+from phi4r.core.errors import UserError
 from phi4r.data.order import items_of_step
 from phi4r.data.records import Problem
-from phi4r.errors import UserError
 
 # Separate the uses of a run's seed: drawing prompts, sampling (`rl.collect`), orders of a curriculum.
 PROMPT_STREAM, CURRICULUM_STREAM = 21, 26

@@ -20,10 +20,17 @@ from pathlib import Path
 from typing import Protocol
 
 from phi4r.configs.stages import RLConfig
-from phi4r.console import say
+from phi4r.core.console import say
 from phi4r.parallel.layout import broadcast_object
 from phi4r.rl.ahead import AheadFolder
-from phi4r.rl.rollout import BusySpan, Completion, Pending, RolloutEngine, SampleRequest, SamplingOptions
+from phi4r.sampling.embedded import (
+    BusySpan,
+    Completion,
+    Pending,
+    RolloutEngine,
+    SampleRequest,
+    SamplingOptions,
+)
 from phi4r.train.folders import all_steps
 
 Requests = Callable[[int], Sequence[SampleRequest]]

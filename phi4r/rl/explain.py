@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from phi4r.configs.stages import RLConfig
-from phi4r.console import say
-from phi4r.rl.objective import formula
+from phi4r.core.console import say
+from phi4r.objectives.grpo import formula
 
 
 def explain(cfg: RLConfig) -> str:

@@ -9,10 +9,10 @@ import numpy as np
 from phi4r.configs.sections import ObjectiveConfig, RewardConfig
 from phi4r.data.records import Problem
 from phi4r.data.tokenizer import Tokenizer
+from phi4r.rewards.length_aware import RewardParts, compute_reward
 from phi4r.rl.advantages import Advantages, filtered_advantages, group_advantages, kept_by_filter
-from phi4r.rl.rewards import RewardParts, compute_reward
-from phi4r.rl.rollout import Completion
 from phi4r.rl.types import Sample, Trajectory
+from phi4r.sampling.embedded import Completion
 from phi4r.tasks import grade_responses
 from phi4r.verify.extract import think_block_is_valid
 from phi4r.verify.pool import VerifierPool

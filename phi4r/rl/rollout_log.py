@@ -20,8 +20,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from phi4r.errors import UserError
-from phi4r.io import JsonlWriter, read_jsonl
+from phi4r.core.errors import UserError
+from phi4r.core.io import JsonlWriter, read_jsonl
 
 _STEP_FILE = re.compile(r"step_(\d{6,})\.jsonl")
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from phi4r.configs.sections import RolloutConfig
 from phi4r.configs.stages import RLConfig
-from phi4r.console import say
+from phi4r.core.console import say
 from phi4r.data.order import epoch_order
 from phi4r.data.packing import Document, PackedRow, pack, unpack
 from phi4r.parallel.layout import distributed_session, init_layout
@@ -29,8 +29,8 @@ from phi4r.rl.batch import grpo_loss, response_documents, with_extra
 from phi4r.rl.collect import Collector
 from phi4r.rl.problems import load_run_problems
 from phi4r.rl.rollout_log import write_rollouts
-from phi4r.rl.sampler import open_sampler
 from phi4r.rl.types import Trajectory
+from phi4r.sampling.open import open_sampler
 from phi4r.train.engine import Engine, StepResult
 from phi4r.train.loop import open_loop
 from phi4r.train.schedule import learning_rate

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from phi4r.data.records import Problem
 from phi4r.data.tokenizer import Tokenizer
-from phi4r.rl.rewards import RewardParts
+from phi4r.rewards.length_aware import RewardParts
 from phi4r.verify.strict import Verdict
 
 

@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from phi4r.io import atomic_write_json, atomic_write_text
+from phi4r.core.io import atomic_write_json, atomic_write_text
 
 PACKAGES = ("phi4r", "torch", "megatron-core", "numpy")
 MAX_SKEW_S = 30.0

@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from phi4r.errors import UserError
+from phi4r.core.errors import UserError
 from phi4r.slurm.status import job_of
 
 POLL_S = 0.5

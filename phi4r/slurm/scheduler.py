@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from phi4r.errors import UserError
+from phi4r.core.errors import UserError
 
 ANSWER_S = 60
 QUEUED = frozenset(("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED", "STAGE_OUT"))

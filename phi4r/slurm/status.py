@@ -8,9 +8,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from phi4r.console import format_seconds, print_table, say
-from phi4r.errors import UserError
-from phi4r.lock import describe, read_owner
+from phi4r.core.console import format_seconds, print_table, say
+from phi4r.core.errors import UserError
+from phi4r.core.lock import describe, read_owner
 from phi4r.slurm.scheduler import Job, find_job, my_jobs
 
 RECENT = 20

@@ -13,9 +13,9 @@ from pathlib import Path
 import phi4r
 from phi4r.configs.load import Loaded, load_stage
 from phi4r.configs.stages import RLConfig, SFTConfig
-from phi4r.console import say
-from phi4r.errors import UserError
-from phi4r.io import atomic_write_text
+from phi4r.core.console import say
+from phi4r.core.errors import UserError
+from phi4r.core.io import atomic_write_text
 from phi4r.plan import check
 from phi4r.plan.hardware import find_gpu
 from phi4r.slurm.scheduler import ask, find_job

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from phi4r.errors import UserError
+from phi4r.core.errors import UserError
 from phi4r.tasks.addition import Addition
 from phi4r.tasks.base import Task
 from phi4r.tasks.code import Code

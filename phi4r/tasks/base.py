@@ -7,8 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TypeVar
 
+from phi4r.core.errors import UserError
 from phi4r.data.records import Problem
-from phi4r.errors import UserError
 from phi4r.verify.extract import extract_answer, extract_solution_answer
 from phi4r.verify.strict import Verdict
 

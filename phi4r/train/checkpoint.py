@@ -28,9 +28,9 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from torch import nn
 
 from phi4r.configs.sections import ModelConfig
-from phi4r.errors import UserError
-from phi4r.huggingface import HFWeights
-from phi4r.model.names import hf_tensors, load_weights, local_weights, shard, unwrap
+from phi4r.core.errors import UserError
+from phi4r.models.huggingface import HFWeights
+from phi4r.models.names import hf_tensors, load_weights, local_weights, shard, unwrap
 from phi4r.train import folders
 from phi4r.train.folders import (
     DIST,

@@ -30,8 +30,8 @@ from torch import Tensor
 from phi4r.configs.sections import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from phi4r.data.balance import my_share
 from phi4r.data.packing import PackedRow
-from phi4r.model.gpt import Phi4Model, build_model
-from phi4r.model.packed import HeadRequest, PackedContext
+from phi4r.models.gpt import Phi4Model, build_model
+from phi4r.models.packed import HeadRequest, PackedContext
 from phi4r.parallel import zigzag
 from phi4r.parallel.attempt import beat
 from phi4r.parallel.layout import Layout
@@ -79,7 +79,7 @@ sft_loss = TokenLoss(LossSpec(), lambda row: {"weights_T": row["loss_mask"]}, _s
 class Engine:
     """This rank's part of a model, with an optimizer if `optimizer` is given.
 
-    Parameters must be filled before the first step (`phi4r.model.names.load_weights` or a checkpoint), after
+    Parameters must be filled before the first step (`phi4r.models.names.load_weights` or a checkpoint), after
     which `sync_optimizer` tells the optimizer about them.
     """
 

@@ -27,9 +27,9 @@ from typing import Any, Literal
 
 from phi4r.configs.schema import as_dict
 from phi4r.configs.sections import ModelConfig
-from phi4r.errors import UserError
-from phi4r.huggingface import is_hf_folder, read_hf_config
-from phi4r.io import atomic_write_json, atomic_write_text
+from phi4r.core.errors import UserError
+from phi4r.core.io import atomic_write_json, atomic_write_text
+from phi4r.models.huggingface import is_hf_folder, read_hf_config
 from phi4r.train.retention import Retention
 
 FORMAT = 2

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from phi4r.configs.stages import RLConfig, SFTConfig
-from phi4r.console import say
-from phi4r.io import atomic_write_json
+from phi4r.core.console import say
+from phi4r.core.io import atomic_write_json
 from phi4r.plan.memory import GIB, stage_memory
 from phi4r.plan.states import States, rank_states
 from phi4r.train.engine import Engine

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from torch import Tensor
 
+from phi4r.core.io import atomic_write_json
 from phi4r.data.packing import PackedRow
-from phi4r.io import atomic_write_json
 from phi4r.train.folders import BATCH_INFO
 from phi4r.train.save import finish_param_gather
 

@@ -13,10 +13,10 @@ from types import TracebackType
 from typing import Any
 
 from phi4r.configs.sections import LogConfig
-from phi4r.console import is_main_rank
-from phi4r.errors import UserError
-from phi4r.io import JsonlWriter, atomic_write_text, drop_partial_line
-from phi4r.optional import require
+from phi4r.core.console import is_main_rank
+from phi4r.core.errors import UserError
+from phi4r.core.io import JsonlWriter, atomic_write_text, drop_partial_line
+from phi4r.core.optional import require
 
 WALL_CLOCK = (
     "step_seconds", "tokens_per_second", "tokens_per_second_per_gpu", "mfu", "data_seconds",

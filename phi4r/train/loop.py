@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from phi4r.configs.stages import RLConfig, SFTConfig
-from phi4r.console import Progress, say
+from phi4r.core.console import Progress, say
+from phi4r.core.errors import UserError
 from phi4r.data.packing import PackedRow
 from phi4r.data.tokenizer import Tokenizer
-from phi4r.errors import UserError
 from phi4r.parallel.attempt import beat
 from phi4r.parallel.layout import broadcast_object
 from phi4r.train import folders, health

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from phi4r.console import print_table, say
-from phi4r.errors import UserError
+from phi4r.core.console import print_table, say
+from phi4r.core.errors import UserError
 from phi4r.train import folders
 from phi4r.train.folders import DAMAGED, MANIFEST, all_steps, checkpoints_folder, damage, incompleteness
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 
-from phi4r import optional
 from phi4r.configs.sections import ModelConfig, OptimizerConfig, ParallelConfig
-from phi4r.errors import UserError
-from phi4r.model.gpt import DTYPES
+from phi4r.core import optional
+from phi4r.core.errors import UserError
+from phi4r.models.gpt import DTYPES
 
 
 def memory_options(optimizer: OptimizerConfig) -> dict[str, Any]:

@@ -45,7 +45,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from phi4r.configs.sections import ModelConfig
-from phi4r.errors import UserError
+from phi4r.core.errors import UserError
 from phi4r.parallel.layout import broadcast_object
 from phi4r.train import folders
 from phi4r.train.checkpoint import (

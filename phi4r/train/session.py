@@ -12,9 +12,9 @@ from functools import cached_property
 
 from phi4r.configs.sections import InitConfig, ModelConfig, ParallelConfig, TokenizerConfig, TrainConfig
 from phi4r.configs.stages import check_layout
+from phi4r.core.errors import ConfigError, UserError
 from phi4r.data.tokenizer import Tokenizer
-from phi4r.errors import ConfigError, UserError
-from phi4r.model.names import load_weights, random_weights
+from phi4r.models.names import load_weights, random_weights
 from phi4r.parallel.layout import Layout, init_layout
 from phi4r.train.checkpoint import load_model
 from phi4r.train.engine import Engine

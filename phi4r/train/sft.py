@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from phi4r.configs.stages import SFTConfig
-from phi4r.console import say
+from phi4r.core.console import say
 from phi4r.data.dali import DaliLoader
 from phi4r.data.loader import Loader
 from phi4r.data.packing import PackedRow

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from phi4r.io import atomic_write_json
+from phi4r.core.io import atomic_write_json
 from phi4r.parallel import attempt
 from phi4r.parallel.failure import fail
 

@@ -34,7 +34,7 @@ import httpx
 import tenacity
 
 from phi4r.configs.sections import RewardConfig
-from phi4r.console import say
+from phi4r.core.console import say
 from phi4r.verify.extract import gold_answer, solution_text, strip_end_markers
 from phi4r.verify.strict import Verdict
 

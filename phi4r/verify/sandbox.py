@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from phi4r import optional
+from phi4r.core import optional
 
 # On the wall a program has this many times its CPU seconds: it may be waiting for a core.
 WALL_FACTOR = 4.0

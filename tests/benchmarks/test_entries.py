@@ -247,8 +247,8 @@ def test_gpu_check_rehearses_on_cpu(tmp_path: Path) -> None:
 
 
 def test_bench_passes_everything_on_and_says_where_there_is_nothing_to_run(tmp_path: Path) -> None:
-    from phi4r.bench import main
-    from phi4r.errors import UserError
+    from phi4r.commands.bench import main
+    from phi4r.core.errors import UserError
 
     command = [sys.executable, "-m", "phi4r", "bench", "targets", "--results", "nowhere"]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from phi4r.cli import COMMANDS, Command, main
+from phi4r.cli.main import COMMANDS, Command, main
 from phi4r.configs.schema import reference
 from phi4r.configs.stages import STAGES
 
@@ -22,7 +22,7 @@ def phi4r(*words: str, timeout: float = 120) -> subprocess.CompletedProcess[str]
     """Run the command as a process of its own, in a wide terminal."""
     environment = {**os.environ, "COLUMNS": "200", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, "-m", "phi4r.cli", *words],
+        [sys.executable, "-m", "phi4r.cli.main", *words],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -52,7 +52,9 @@ def test_help_answers_in_under_half_a_second_of_cpu_and_without_heavy_modules() 
         best = min(best, used, time.monotonic() - began)
     assert ended.returncode == 0
     assert best < 0.5
-    code = "import sys, phi4r.cli; print({'torch', 'rich', 'numpy', 'megatron'} & set(sys.modules) or 'none')"
+    code = (
+        "import sys, phi4r.cli.main; print({'torch', 'rich', 'numpy', 'megatron'} & {*sys.modules} or 'none')"
+    )
     loaded = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
@@ -193,7 +195,7 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_reader_that_has_gone_away_is_no_traceback(unbuffered: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    code = "from phi4r import cli; cli.COMMANDS['doctor'] = cli.Command('', None, 'tests.cli.targets:speak');"
+    code = "from phi4r.cli import main as cli; cli.COMMANDS['doctor'] = cli.Command('', None, 'tests.cli.targets:speak');"
     command = [sys.executable, "-c", code + "cli.main(['doctor'])"]
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     ended = subprocess.run(

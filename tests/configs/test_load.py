@@ -24,7 +24,7 @@ from phi4r.configs.load import (
 )
 from phi4r.configs.schema import as_dict, fields_of
 from phi4r.configs.stages import STAGES, EvalConfig, RLConfig, SFTConfig
-from phi4r.errors import ConfigError, UserError
+from phi4r.core.errors import ConfigError, UserError
 
 
 def recipe(tmp_path: Path, text: str) -> Path:

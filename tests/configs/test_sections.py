@@ -23,7 +23,7 @@ from phi4r.configs.sections import (
     TrainConfig,
 )
 from phi4r.configs.stages import STAGES, RLConfig, SFTConfig, check_layout, vocab_rows
-from phi4r.errors import ConfigError
+from phi4r.core.errors import ConfigError
 
 PHI4 = ModelConfig.from_preset("phi4")
 

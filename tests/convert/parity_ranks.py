@@ -11,8 +11,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from phi4r.configs.sections import ParallelConfig
-from phi4r.model.gpt import build_model
-from phi4r.model.packed import HeadRequest, PackedContext
+from phi4r.models.gpt import build_model
+from phi4r.models.packed import HeadRequest, PackedContext
 from phi4r.parallel.layout import init_layout
 from phi4r.train.checkpoint import load_model
 from phi4r.train.folders import read_model_config

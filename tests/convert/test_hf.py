@@ -23,8 +23,8 @@ from transformers.utils import logging as transformers_logging
 
 from phi4r.configs.sections import ModelConfig
 from phi4r.convert.hf import hf_to_phi4r, main, phi4r_to_hf
-from phi4r.errors import UserError
-from phi4r.huggingface import (
+from phi4r.core.errors import UserError
+from phi4r.models.huggingface import (
     INDEX,
     HFWeights,
     ShardWriter,
@@ -33,7 +33,7 @@ from phi4r.huggingface import (
     read_hf_config,
     shard_names,
 )
-from phi4r.model.names import hf_tensors, random_weights
+from phi4r.models.names import hf_tensors, random_weights
 from phi4r.parallel.launch import run_ranks
 from phi4r.train.folders import read_manifest, read_model_config, resolve_checkpoint, tokenizer_folder
 
@@ -377,7 +377,7 @@ BIG = ModelConfig(
 MEASURE = """
 import sys, torch
 from pathlib import Path
-import phi4r.convert.hf, phi4r.convert.stream, phi4r.model.names
+import phi4r.convert.hf, phi4r.convert.stream, phi4r.models.names
 # not ru_maxrss, which starts at the peak of the process that started this one
 def peak():
     return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from phi4r.core.errors import ConfigError
 from phi4r.curate.difficulty import (
     apply_mixture,
     fill_by_plurality,
@@ -12,7 +13,6 @@ from phi4r.curate.difficulty import (
     teachable_band,
 )
 from phi4r.data.records import Problem
-from phi4r.errors import ConfigError
 
 
 def pool(count: int, task: str = "modchain", difficulty: float | None = 4) -> list[Problem]:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from phi4r.core.errors import UserError
 from phi4r.curate.pool import DEFECT_SHARES, difficulty_range, generate_heldout, generate_raw_pool
 from phi4r.data.records import load_problems
-from phi4r.errors import UserError
 from phi4r.tasks import get_task
 
 TASKS = ["modchain", "addition", "countdown"]

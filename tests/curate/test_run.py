@@ -11,11 +11,11 @@ import pytest
 
 from phi4r.configs.sections import CurateSettings, ModelConfig, ProblemsConfig
 from phi4r.configs.stages import CurateConfig
+from phi4r.core.errors import UserError
+from phi4r.core.io import read_jsonl
 from phi4r.curate.pool import DEFECT_SHARES
 from phi4r.curate.run import main
 from phi4r.data.records import Problem, load_problems
-from phi4r.errors import UserError
-from phi4r.io import read_jsonl
 from phi4r.train import folders
 from phi4r.train.retention import Retention
 

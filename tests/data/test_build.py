@@ -19,12 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from phi4r.core.errors import UserError
 from phi4r.data import build, mixture
 from phi4r.data.packing import PackedRow
 from phi4r.data.sft_data import build_sft_data
 from phi4r.data.shards import ShardRows, read_index
 from phi4r.data.tokenizer import Tokenizer
-from phi4r.errors import UserError
 from tests.data import corpus
 
 SMALL = build.Options(span_bytes=4096, shard_tokens=128 * 20)

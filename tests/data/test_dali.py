@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from phi4r import optional
-from phi4r.cli import main
+from phi4r.cli.main import main
 from phi4r.configs.sections import ModelConfig, ParallelConfig, TrainConfig
+from phi4r.core import optional
+from phi4r.core.errors import UserError
 from phi4r.data import build
 from phi4r.data.dali import NAMES, DaliLoader
 from phi4r.data.loader import Loader
 from phi4r.data.packing import PackedRow
 from phi4r.data.shards import ShardRow, ShardRows
-from phi4r.errors import UserError
-from phi4r.model.names import load_weights, random_weights
+from phi4r.models.names import load_weights, random_weights
 from phi4r.parallel.layout import init_layout
 from phi4r.train.engine import Engine
 from tests.data import corpus

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from phi4r.cli import main
+from phi4r.cli.main import main
 from phi4r.data import build
 from phi4r.data.loader import Loader, row_at
 from phi4r.data.order import items_of_step

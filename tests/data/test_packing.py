@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from phi4r.core.errors import UserError
 from phi4r.data.packing import Document, efficiency, fit_documents, pack, unpack
-from phi4r.errors import UserError
 
 PAD = 9
 

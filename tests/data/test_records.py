@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from phi4r.core.errors import UserError
 from phi4r.data.records import (
     Conversation,
     Problem,
@@ -19,7 +20,6 @@ from phi4r.data.records import (
     load_records,
     problem_row,
 )
-from phi4r.errors import UserError
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k_train.jsonl"
 GOOD = {"problem": "1+1?", "answer": "2"}

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from phi4r.core.errors import UserError
 from phi4r.data.records import Conversation, Message, Problem
 from phi4r.data.render import (
     REASONING_SYSTEM_MESSAGE,
@@ -20,7 +21,6 @@ from phi4r.data.render import (
     split_think,
 )
 from phi4r.data.tokenizer import Tokenizer
-from phi4r.errors import UserError
 
 BUILTIN = Tokenizer.builtin()
 SYSTEMS = ["none", "reasoning", 'It\'s "quoted"\\\r\n{{ not jinja }} é🙂']

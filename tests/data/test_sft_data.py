@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from phi4r.configs.sections import DataConfig
+from phi4r.core.errors import UserError
 from phi4r.data.sft_data import SFTData, build_sft_data
 from phi4r.data.tokenizer import Tokenizer
-from phi4r.errors import UserError
 
 BUILTIN = Tokenizer.builtin()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from phi4r.core.errors import UserError
 from phi4r.data import build
 from phi4r.data.packing import Document, PackedRow, pack
 from phi4r.data.sft_data import open_shards
@@ -22,7 +23,6 @@ from phi4r.data.shards import (
     write_array,
 )
 from phi4r.data.tokenizer import Tokenizer
-from phi4r.errors import UserError
 from tests.data import corpus
 
 

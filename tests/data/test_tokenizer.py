@@ -10,9 +10,9 @@ import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from phi4r.core.errors import UserError
 from phi4r.data import spm
 from phi4r.data.tokenizer import Tokenizer
-from phi4r.errors import UserError
 
 BUILTIN = Tokenizer.builtin()
 any_text = st.text(st.characters(exclude_categories=["Cs"]))

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from phi4r.core.io import JsonlWriter, atomic_write_json
 from phi4r.evaluate.report import ReportInputs
 from phi4r.evaluate.results import Record, Results, read_results, write_results
-from phi4r.io import JsonlWriter, atomic_write_json
 
 NUM_RUNS = 8
 

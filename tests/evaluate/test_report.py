@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from phi4r.errors import UserError
+from phi4r.core.errors import UserError
+from phi4r.core.io import JsonlWriter, atomic_write_json
 from phi4r.evaluate.report import Report, ReportInputs, build_report, inputs_from_run, main
 from phi4r.evaluate.results import Results, SummarySettings
-from phi4r.io import JsonlWriter, atomic_write_json
 
 SETTINGS = SummarySettings(bootstrap=200, permutations=1000)
 VOID = {"meta", "img", "br", "link"}

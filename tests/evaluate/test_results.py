@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from phi4r.errors import UserError
+from phi4r.core.errors import UserError
+from phi4r.core.io import atomic_write_json
 from phi4r.evaluate import results as module
 from phi4r.evaluate.results import (
     Record,
@@ -22,7 +23,6 @@ from phi4r.evaluate.results import (
     summary_table,
     write_results,
 )
-from phi4r.io import atomic_write_json
 
 
 def record(problem_id: str = "p0", run: int = 0, correct: bool = True, **changes: object) -> Record:

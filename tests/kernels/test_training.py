@@ -16,7 +16,7 @@ from phi4r_kernels import interpreter
 
 from phi4r.configs.sections import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from phi4r.data.packing import Document, PackedRow, pack
-from phi4r.model.names import load_weights, random_weights
+from phi4r.models.names import load_weights, random_weights
 from phi4r.parallel.layout import init_layout
 from phi4r.rl.batch import grpo_loss
 from phi4r.train.engine import Engine, StepResult, TokenLoss, sft_loss

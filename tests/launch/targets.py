@@ -13,7 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from phi4r.errors import UserError
+from phi4r.core.errors import UserError
 
 RANK = int(os.environ.get("RANK", "0"))
 

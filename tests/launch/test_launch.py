@@ -19,7 +19,7 @@ import pytest
 
 from phi4r.configs.sections import OptimizerConfig, ParallelConfig
 from phi4r.configs.stages import SFTConfig
-from phi4r.errors import UserError
+from phi4r.core.errors import UserError
 from phi4r.parallel import launch
 from phi4r.parallel.launch import RankError, external_rank, run_handler, run_ranks
 

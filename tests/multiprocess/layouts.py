@@ -22,13 +22,13 @@ from torch import Tensor
 from phi4r.configs.sections import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from phi4r.convert.live import export_live, hand_over, whole_weights
 from phi4r.data.packing import Document, PackedRow, pack
-from phi4r.huggingface import HFWeights
-from phi4r.model.names import load_weights, random_weights
-from phi4r.model.packed import PackedContext
+from phi4r.models.huggingface import HFWeights
+from phi4r.models.names import load_weights, random_weights
+from phi4r.models.packed import PackedContext
 from phi4r.parallel.layout import init_layout
 from phi4r.rl.batch import grpo_loss
-from phi4r.rl.rollout import Completion, EmbeddedEngine, SampleRequest, SamplingOptions
-from phi4r.rl.vllm.transfer import Snapshot
+from phi4r.sampling.embedded import Completion, EmbeddedEngine, SampleRequest, SamplingOptions
+from phi4r.sampling.vllm.transfer import Snapshot
 from phi4r.train.engine import Engine, TokenLoss, sft_loss
 
 STEPS, ROWS, LENGTH, VOCAB = 5, 4, 64, 64

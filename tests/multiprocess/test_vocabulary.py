@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from phi4r.convert.hf import phi4r_to_hf
-from phi4r.huggingface import HFWeights
+from phi4r.models.huggingface import HFWeights
 from phi4r.parallel.launch import run_ranks
 from tests.multiprocess.vocabulary import MODEL, VOCAB
 

@@ -13,9 +13,9 @@ import torch.distributed as dist
 
 from phi4r.configs.sections import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from phi4r.data.packing import Document, PackedRow, pack
-from phi4r.model.names import load_weights, random_weights, to_mcore, weight_table
+from phi4r.models.names import load_weights, random_weights, to_mcore, weight_table
 from phi4r.parallel.layout import Layout, init_layout
-from phi4r.rl.rollout import EmbeddedEngine, SampleRequest, SamplingOptions
+from phi4r.sampling.embedded import EmbeddedEngine, SampleRequest, SamplingOptions
 from phi4r.train.checkpoint import load_checkpoint
 from phi4r.train.engine import Engine, sft_loss
 from phi4r.train.save import save_checkpoint

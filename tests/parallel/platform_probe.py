@@ -17,7 +17,7 @@ import torch
 
 from phi4r.configs.sections import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from phi4r.data.packing import Document, pack
-from phi4r.model.names import load_weights, random_weights
+from phi4r.models.names import load_weights, random_weights
 from phi4r.parallel import cpu
 from phi4r.parallel.layout import init_layout
 from phi4r.train.checkpoint import load_checkpoint

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from phi4r.errors import UserError
+from phi4r.core.errors import UserError
 from phi4r.parallel import attempt as module
 from phi4r.parallel.attempt import attempt, beat, mark_stopped
 

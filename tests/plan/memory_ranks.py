@@ -19,9 +19,9 @@ from torch import Tensor
 
 from phi4r.configs.sections import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from phi4r.configs.stages import check_layout
+from phi4r.core.errors import ConfigError
 from phi4r.data.packing import Document, PackedRow, pack
-from phi4r.errors import ConfigError
-from phi4r.model.names import load_weights, random_weights
+from phi4r.models.names import load_weights, random_weights
 from phi4r.parallel.layout import init_layout
 from phi4r.train.engine import Engine, sft_loss
 from phi4r.train.footprint import measured_states, storage_bytes

@@ -13,7 +13,7 @@ import pytest
 from phi4r.configs.load import load_stage
 from phi4r.configs.sections import ModelConfig, ParallelConfig, TrainConfig
 from phi4r.configs.stages import RLConfig, SFTConfig
-from phi4r.errors import UserError
+from phi4r.core.errors import UserError
 from phi4r.plan import check, scale, split
 from phi4r.plan.command import Options, main, plan, prepare
 from phi4r.plan.hardware import GPUS, load_rates

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from phi4r.configs.sections import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from phi4r.data.packing import Document, pack, unpack
-from phi4r.model.names import from_mcore, load_weights, local_weights, random_weights
+from phi4r.models.names import from_mcore, load_weights, local_weights, random_weights
+from phi4r.objectives.grpo import Normalization
 from phi4r.parallel.layout import init_layout
 from phi4r.rl.batch import grpo_loss, response_documents, with_extra
-from phi4r.rl.objective import Normalization
 from phi4r.rl.types import Sample
 from phi4r.train.engine import Engine, StepResult
 

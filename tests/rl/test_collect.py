@@ -16,7 +16,7 @@ from phi4r.data.tokenizer import Tokenizer
 from phi4r.parallel.layout import init_layout
 from phi4r.rl.collect import SAMPLE_STREAM, Collector, StepSamples
 from phi4r.rl.curriculum import PROMPT_STREAM
-from phi4r.rl.rollout import BusySpan, Completion, Done, Pending, SampleRequest, SamplingOptions
+from phi4r.sampling.embedded import BusySpan, Completion, Done, Pending, SampleRequest, SamplingOptions
 from phi4r.tasks import get_task
 from phi4r.verify.pool import VerifierPool
 

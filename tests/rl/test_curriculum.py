@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from phi4r.configs.sections import RolloutConfig
+from phi4r.core.errors import ConfigError, UserError
 from phi4r.data.order import items_of_step
 from phi4r.data.records import Problem
-from phi4r.errors import ConfigError, UserError
 from phi4r.rl.curriculum import (
     PROMPT_STREAM,
     EpochDraws,

@@ -12,9 +12,9 @@ import httpx
 import psutil
 import pytest
 
-from phi4r import optional
-from phi4r.errors import UserError
-from phi4r.rl.vllm.registry import Announcement, Registry
+from phi4r.core import optional
+from phi4r.core.errors import UserError
+from phi4r.sampling.vllm.registry import Announcement, Registry
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import Site, history, rank_pid, story, wait_in_run
 

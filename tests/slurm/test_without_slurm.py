@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.rows import read_rows
-from phi4r.errors import UserError
+from phi4r.core.errors import UserError
 from phi4r.slurm import logs, status
 from phi4r.slurm.check import judge, wait_for_reports
 from phi4r.slurm.submit import Wish, prepare, rendered, seconds_of

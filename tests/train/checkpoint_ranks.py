@@ -15,9 +15,9 @@ import pytest
 import torch.distributed as dist
 
 from phi4r.configs.sections import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from phi4r.core.errors import UserError
 from phi4r.data.packing import Document, PackedRow, pack
-from phi4r.errors import UserError
-from phi4r.model.names import load_weights, random_weights
+from phi4r.models.names import load_weights, random_weights
 from phi4r.parallel.layout import init_layout
 from phi4r.train.checkpoint import load_checkpoint, load_model
 from phi4r.train.engine import Engine, sft_loss

@@ -17,10 +17,10 @@ import torch
 
 from phi4r.configs.sections import ParallelConfig
 from phi4r.convert.hf import phi4r_to_hf
+from phi4r.core.errors import UserError
 from phi4r.data.tokenizer import Tokenizer
-from phi4r.errors import UserError
-from phi4r.huggingface import HFWeights
-from phi4r.model.names import from_mcore, local_weights
+from phi4r.models.huggingface import HFWeights
+from phi4r.models.names import from_mcore, local_weights
 from phi4r.parallel.launch import run_ranks
 from phi4r.train import folders
 from phi4r.train.checkpoint import WORK_ROUNDS, load_checkpoint, load_model

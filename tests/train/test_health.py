@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from phi4r.cli import main
+from phi4r.cli.main import main
 from phi4r.configs.stages import SFTConfig
 from phi4r.parallel import launch
 from phi4r.parallel.launch import RankError, run_ranks

@@ -14,7 +14,7 @@ KILLED_RUNS = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 import torch
-import phi4r.cli, phi4r.parallel.launch as launch
+import phi4r.cli.main, phi4r.parallel.launch as launch
 from phi4r.train import folders
 launch.find_target("phi4r.train.sft:main")  # imported once: what is forked below starts at once
 
@@ -28,7 +28,7 @@ def start():
     if pid == 0:
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(out, 1); os.dup2(out, 2)
-        phi4r.cli.main(words)
+        phi4r.cli.main.main(words)
     return pid
 
 def half_written():

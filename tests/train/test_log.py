@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from phi4r.configs.sections import LogConfig
-from phi4r.errors import UserError
+from phi4r.core.errors import UserError
 from phi4r.train.log import MetricsLogger, truncate_metrics
 
 

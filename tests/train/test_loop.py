@@ -17,12 +17,12 @@ import torch
 from phi4r_kernels.linear_loss import LossSpec
 from torch import Tensor
 
-from phi4r.cli import main
+from phi4r.cli.main import main
 from phi4r.configs.sections import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from phi4r.configs.stages import SFTConfig
 from phi4r.data.packing import Document, PackedRow, pack
 from phi4r.data.tokenizer import Tokenizer
-from phi4r.model.names import load_weights, random_weights
+from phi4r.models.names import load_weights, random_weights
 from phi4r.parallel.layout import init_layout
 from phi4r.train.engine import Engine, StepResult, TokenLoss, sft_loss
 from phi4r.train.loop import TrainingLoop

@@ -15,12 +15,12 @@ import torch
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-from phi4r import optional
-from phi4r.cli import main
+from phi4r.cli.main import main
 from phi4r.configs.sections import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
-from phi4r.errors import UserError
-from phi4r.model.attention import CoreAttention
-from phi4r.model.gpt import RMSNorm, layer_spec, pipeline_layout, transformer_config
+from phi4r.core import optional
+from phi4r.core.errors import UserError
+from phi4r.models.attention import CoreAttention
+from phi4r.models.gpt import RMSNorm, layer_spec, pipeline_layout, transformer_config
 from phi4r.plan.states import rank_states
 from phi4r.train.optimizer import megatron_settings, memory_options
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from phi4r.cli import main
+from phi4r.cli.main import main
 
 
 @pytest.mark.multiprocess

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from phi4r.cli import main
-from phi4r.errors import UserError
+from phi4r.cli.main import main
+from phi4r.core.errors import UserError
 from phi4r.train import folders
 from phi4r.train.checkpoint import DamagedError, load_checkpoint, load_model
 from phi4r.train.folders import all_steps, checkpoints_folder, damage, find_latest, read_manifest

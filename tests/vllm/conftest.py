@@ -17,16 +17,16 @@ import httpx
 import pytest
 from torch import Tensor
 
-from phi4r import optional
 from phi4r.configs.load import load_stage, split_overrides
 from phi4r.configs.sections import ModelConfig, ParallelConfig, TrainConfig, VLLMConfig
 from phi4r.configs.stages import RLConfig
 from phi4r.convert.live import export_form
-from phi4r.errors import UserError
-from phi4r.model.names import load_weights, random_weights
+from phi4r.core import optional
+from phi4r.core.errors import UserError
+from phi4r.models.names import load_weights, random_weights
 from phi4r.parallel.layout import init_layout
-from phi4r.rl.vllm.engine import VLLMEngine
-from phi4r.rl.vllm.server import ServerProcess
+from phi4r.sampling.vllm.engine import VLLMEngine
+from phi4r.sampling.vllm.server import ServerProcess
 from phi4r.train.engine import Engine
 from phi4r.train.session import open_tokenizer, resolve_model
 

@@ -14,11 +14,11 @@ import httpx
 import pytest
 from torch import Tensor
 
-from phi4r.model.names import load_weights
-from phi4r.rl.rollout import EmbeddedEngine, SamplingOptions
-from phi4r.rl.vllm.client import Client
-from phi4r.rl.vllm.engine import VLLMEngine
-from phi4r.rl.vllm.transfer import Snapshot
+from phi4r.models.names import load_weights
+from phi4r.sampling.embedded import EmbeddedEngine, SamplingOptions
+from phi4r.sampling.vllm.client import Client
+from phi4r.sampling.vllm.engine import VLLMEngine
+from phi4r.sampling.vllm.transfer import Snapshot
 from phi4r.train.engine import Engine
 from tests.vllm.conftest import MODEL, STOP_IDS, TEMPERATURE, open_engine, peaked_weights
 from tests.vllm.test_servers import gaps, requests, server_processes

@@ -14,7 +14,7 @@ from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 
 from phi4r.configs.sections import RewardConfig, VLLMConfig
 from phi4r.data.records import Problem
-from phi4r.rl.vllm.server import ServerProcess
+from phi4r.sampling.vllm.server import ServerProcess
 from phi4r.tasks import grade_responses
 from phi4r.verify.judge import judge_counts
 from phi4r.verify.pool import VerifierPool

@@ -15,14 +15,14 @@ import psutil
 import pytest
 from scipy import stats
 
+from phi4r.core.errors import UserError
 from phi4r.data.packing import Document, pack, unpack
-from phi4r.errors import UserError
-from phi4r.huggingface import HFWeights
-from phi4r.model.names import load_weights
-from phi4r.rl.rollout import Completion, EmbeddedEngine, SampleRequest, SamplingOptions
-from phi4r.rl.vllm.client import Client
-from phi4r.rl.vllm.engine import VLLMEngine
-from phi4r.rl.vllm.fleet import Member, weights_folder
+from phi4r.models.huggingface import HFWeights
+from phi4r.models.names import load_weights
+from phi4r.sampling.embedded import Completion, EmbeddedEngine, SampleRequest, SamplingOptions
+from phi4r.sampling.vllm.client import Client
+from phi4r.sampling.vllm.engine import VLLMEngine
+from phi4r.sampling.vllm.fleet import Member, weights_folder
 from phi4r.train.engine import Engine
 from tests.rl.test_vllm_keeper import ended
 from tests.vllm.conftest import MODEL, STOP_IDS, TEMPERATURE, VOCAB, open_engine, peaked_weights

@@ -1,0 +1,1 @@
+"""What the smaller commands do: quick start, generate, score, replay, profile, doctor, verify."""

@@ -1,0 +1,1 @@
+"""RL objectives on per-token vectors."""

@@ -1,0 +1,1 @@
+"""Rewards of a graded response. No torch."""

@@ -1,0 +1,1 @@
+"""Sampling as a service: requests, completions, engines (embedded, vLLM servers), weight updates."""
