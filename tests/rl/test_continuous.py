@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.rl.test_rollout import MODEL, STOP_IDS, rounding, trainers_logprobs
 
 from phi4r.configs.load import load_stage
 from phi4r.configs.sections import ParallelConfig, TrainConfig
@@ -20,6 +19,7 @@ from phi4r.rl.draws import ContinuousDraws, StepDraws, sampling_options
 from phi4r.sampling.embedded import Completion, EmbeddedEngine, SampleRequest
 from phi4r.train.engine import Engine
 from phi4r.train.folders import checkpoints_folder, step_name
+from tests.sampling.test_embedded import MODEL, STOP_IDS, rounding, trainers_logprobs
 
 STEPS, PROMPTS, LIMIT, PER_DRAW = 7, 4, 2, 12
 TEMPERATURE = 0.8

@@ -24,7 +24,7 @@ from phi4r.sampling.vllm.client import Client
 from phi4r.sampling.vllm.engine import VLLMEngine
 from phi4r.sampling.vllm.fleet import Member, weights_folder
 from phi4r.train.engine import Engine
-from tests.rl.test_vllm_keeper import ended
+from tests.sampling.test_vllm_keeper import ended
 from tests.vllm.conftest import MODEL, STOP_IDS, TEMPERATURE, VOCAB, open_engine, peaked_weights
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
