@@ -195,8 +195,8 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_reader_that_has_gone_away_is_no_traceback(unbuffered: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    code = "from phi4r.cli import main as c; c.COMMANDS['doctor'] = c.Command('', None, 'tests.cli.targets:speak')"
-    command = [sys.executable, "-c", f"{code}; c.main(['doctor'])"]
+    code = "from phi4r.cli.main import *; COMMANDS['doctor'] = Command('', None, 'tests.cli.targets:speak')"
+    command = [sys.executable, "-c", f"{code}; main(['doctor'])"]
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     ended = subprocess.run(
         command, cwd=ROOT, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60
