@@ -43,12 +43,12 @@ def measure_rendering(run: suite.Run, count: int, path: Path | None, tokenizer_p
     """Times rendering, over batches of 500 records."""
     from phi4r.data.records import load_records
     from phi4r.data.render import render_example
-    from phi4r.data.sft_data import generate_examples
     from phi4r.data.tokenizer import Tokenizer
+    from phi4r.tasks import get_task
 
     tokenizer = Tokenizer.load(tokenizer_path)
     records: Sequence[Any] = (
-        load_records(str(path))[0] if path else generate_examples("countdown", 0, 0, count)
+        load_records(str(path))[0] if path else get_task("countdown").examples(0, 0, count)
     )
     records = records[:count]
     batches = [records[i : i + BATCH] for i in range(0, len(records), BATCH)]

@@ -4,46 +4,55 @@ starting."""
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Package -> the phi4r packages its files may import, besides `core`, which every package may use.
+# Package -> the phi4r packages its files may import, besides `core`, which every package may use. Arrows
+# point down: whatever stands in a set is a later key.
 ARROWS = {
-    "core": set(),
-    "slurm": {"configs", "plan"},
-    "configs": set(),
-    "tasks": {"configs", "data", "verify"},
-    "verify": {"configs", "data"},
-    "rewards": {"data"},
-    "data": {"configs", "tasks"},
-    "parallel": {"configs"},
-    "models": {"configs", "parallel"},
-    "train": {"configs", "data", "models", "parallel", "plan"},
-    "sampling": {"configs", "convert", "data", "models", "parallel", "train"},
-    "objectives": set(),
-    "rl": {
-        "configs", "data", "models", "objectives", "parallel", "rewards", "sampling", "tasks", "train",
-        "verify",
+    "__main__": {"cli"},
+    "cli": {
+        "commands", "configs", "convert", "curate", "data", "evaluate", "parallel", "plan", "rl", "sampling",
+        "slurm", "train",
     },
-    "curate": {"configs", "data", "parallel", "rl", "sampling", "tasks", "train", "verify"},
-    "evaluate": {"configs", "data", "parallel", "rl", "sampling", "tasks", "train", "verify"},
-    "convert": {"configs", "data", "models", "parallel", "train"},
-    "plan": {"configs"},
     "commands": {
         "configs", "curate", "data", "evaluate", "models", "parallel", "plan", "rewards", "rl", "sampling",
         "tasks", "train", "verify",
     },
-    "cli": {"commands", "configs", "parallel", "plan", "slurm"},
-    "__main__": {"cli"},
+    "slurm": {"configs", "plan"},
+    "curate": {"configs", "data", "parallel", "rl", "sampling", "tasks", "train", "verify"},
+    "evaluate": {"configs", "data", "parallel", "rl", "sampling", "tasks", "train", "verify"},
+    "rl": {
+        "configs", "data", "models", "objectives", "parallel", "rewards", "sampling", "tasks", "train",
+        "verify",
+    },
+    "objectives": {"configs"},
+    "sampling": {"configs", "convert", "data", "models", "parallel", "train"},
+    "convert": {"configs", "data", "models", "parallel", "train"},
+    "train": {"configs", "data", "models", "parallel", "plan", "tasks"},
+    "plan": {"configs", "models"},
+    "rewards": {"configs", "data"},
+    "tasks": {"configs", "verify"},
+    "verify": {"configs"},
+    "data": {"configs"},
+    "models": {"configs", "parallel"},
+    "parallel": {"configs"},
+    "configs": set(),
+    "core": set(),
     "__version__": set(),
 }  # fmt: skip
 MEGATRON = {"models", "parallel", "train", "convert"}
+# "package.module:function": what the command line and the launcher import when it is called.
+TARGET = re.compile(r"phi4r(\.\w+)+:\w+")
 
 # Files and folders that may not name torch at all: they run on a login node.
 NO_TORCH = [
@@ -54,7 +63,8 @@ NO_TORCH = [
 
 
 def imports_of(path: Path) -> set[str]:
-    """Every module a file imports, at its top or inside functions: "from a import b" counts as a.b."""
+    """Every module a file imports, at its top, inside functions or for types only, or by name (TARGET,
+    `import_module`): "from a import b" counts as a.b."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -62,7 +72,25 @@ def imports_of(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative imports hide who imports whom"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and TARGET.fullmatch(node.value):
+            found.add(node.value.replace(":", "."))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "importlib.import_module":
+            found |= {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
     return found
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def cycle_in(graph: Mapping[str, set[str]]) -> list[str]:
+    """A way from a node back to itself, or nothing."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
 
 
 def files(folder: str) -> list[Path]:
@@ -75,34 +103,61 @@ def package_of(path: Path) -> str:
     return path.relative_to(ROOT / "phi4r").with_suffix("").parts[0]
 
 
-def test_every_package_imports_only_what_its_arrows_allow() -> None:
-    wrong = defaultdict(set)
+def packages() -> dict[str, set[str]]:
+    """Package -> the phi4r packages that its files import."""
+    graph = defaultdict[str, set[str]](set)
     for path in files("phi4r"):
         package = package_of(path)
-        if package in ("__init__", "recipes"):
-            continue
-        assert package in ARROWS, f"{path} belongs to no package with arrows: add it to ARROWS"
         for name in imports_of(path):
             parts = name.split(".")
-            if (
-                parts[0] == "phi4r"
-                and len(parts) > 1
-                and parts[1] not in ARROWS[package] | {"core", package, "__version__"}
-            ):
-                wrong[str(path.relative_to(ROOT))].add(name)
-    assert not wrong, dict(wrong)
+            if parts[0] == "phi4r" and len(parts) > 1 and parts[1] != package:
+                graph[package].add(parts[1])
+    return graph
 
 
-def test_train_never_imports_rl_and_arrows_have_no_other_way_there() -> None:
-    reachable, queue = set(), ["train"]
+def test_every_package_imports_only_what_its_arrows_allow() -> None:
+    wrong = defaultdict(set)
+    for package, imported in packages().items():
+        if package in ("__init__", "recipes"):
+            continue
+        assert package in ARROWS, f"{package} has no arrows: add it to ARROWS"
+        wrong[package] |= imported - ARROWS[package] - {"core", "__version__"}
+    assert not any(wrong.values()), dict(wrong)
+
+
+def test_no_package_reaches_itself_through_others() -> None:
+    assert not cycle_in(packages())
+    floor = list(ARROWS)
+    for package, allowed in ARROWS.items():
+        assert allowed <= set(floor[floor.index(package) + 1 :]), f"{package}: an arrow that points up"
+
+
+def test_no_file_reaches_itself_through_others() -> None:
+    modules = {module_of(path): path for path in files("phi4r")}
+    graph = {}
+    for module, path in modules.items():
+        # "from a import b" is the module a.b where there is one, else a.
+        named = {name if name in modules else name.rpartition(".")[0] for name in imports_of(path)}
+        graph[module] = (named & modules.keys()) - {module}
+    assert not cycle_in(graph)
+
+
+def test_a_cycle_is_seen(tmp_path: Path) -> None:
+    assert cycle_in({"data": {"tasks"}, "tasks": {"verify"}, "verify": {"data"}})
+    lazy = tmp_path / "lazy.py"
+    lazy.write_text(
+        "def f():\n    from phi4r.tasks import get_task\n    run('phi4r.rl.train:main')\n"
+        "    importlib.import_module('phi4r.curate.run')\n"
+    )
+    assert imports_of(lazy) == {"phi4r.tasks.get_task", "phi4r.rl.train.main", "phi4r.curate.run"}
+
+
+def test_train_never_imports_rl_by_any_way() -> None:
+    graph, reachable, queue = packages(), set[str](), ["train"]
     while queue:
-        package = queue.pop()
-        reachable.add(package)
-        # tasks <-> data and verify <-> rl.rewards are pairs of leaf modules, not ways into the loops.
-        queue += [p for p in ARROWS[package] - reachable if p not in ("tasks", "verify")]
+        reachable.add(package := queue.pop())
+        queue += graph.get(package, set()) - reachable
     assert "rl" not in reachable
-    for path in files("phi4r/train"):
-        assert not any(name.startswith("phi4r.rl") for name in imports_of(path)), path
 
 
 def test_only_four_packages_import_megatron() -> None:

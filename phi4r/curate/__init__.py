@@ -2,5 +2,5 @@
 
 Here live the stages (`validate`, `dedup`, `decontaminate`, `difficulty`), their report, the generated raw
 pool of the quick start and the command that runs them in order. Stages are pure functions over lists of
-`data.records.Problem`. Nothing here may import torch: pass rates come in through a callback.
+`core.problem.Problem`. Nothing here may import torch: pass rates come in through a callback.
 """

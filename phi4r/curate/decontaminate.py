@@ -29,9 +29,9 @@ from typing import Any
 
 import numpy as np
 
+from phi4r.core.problem import Problem
 from phi4r.curate.stage import Removed, StageResult, split
 from phi4r.curate.text import Text, analyse, masked, ngram_hashes
-from phi4r.data.records import Problem
 
 MIN_NGRAM = 5
 OVERLAP_NGRAM = 7

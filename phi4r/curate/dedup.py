@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
+from phi4r.core.problem import Problem
 from phi4r.curate.stage import Removed, StageResult, split
 from phi4r.curate.text import Text, analyse, mix, ngram_hashes, token_hash
-from phi4r.data.records import Problem
 
 MIN_WORDS = 8
 SHINGLE = 2

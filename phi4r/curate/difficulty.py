@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from phi4r.core.errors import ConfigError
+from phi4r.core.problem import Problem
 from phi4r.curate.stage import Removed, StageResult, split
-from phi4r.data.records import Problem
 
 SamplePassRate = Callable[[Sequence[Problem], int], np.ndarray]
 """(problems, k) -> pass rates float64[P] in [0, 1]: k samples each, from the model that measures

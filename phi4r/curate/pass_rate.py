@@ -12,7 +12,8 @@ import numpy as np
 
 from phi4r.configs.stages import CurateConfig
 from phi4r.core.io import JsonlWriter
-from phi4r.data.records import Problem, load_problems, problem_row
+from phi4r.core.problem import Problem
+from phi4r.data.records import load_problems, problem_row
 from phi4r.data.render import render_prompt
 from phi4r.parallel.launch import run_handler
 from phi4r.parallel.layout import distributed_session

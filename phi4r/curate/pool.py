@@ -17,7 +17,8 @@ from pathlib import Path
 
 from phi4r.core.errors import UserError
 from phi4r.core.io import JsonlWriter, atomic_write_json, atomic_write_text
-from phi4r.data.records import Problem, problem_row
+from phi4r.core.problem import Problem
+from phi4r.data.records import problem_row
 from phi4r.tasks.base import CounterStream, Task
 
 DEFECT_SHARES = {"duplicate": 0.05, "leak": 0.01, "wrong_answer": 0.03, "malformed": 0.01}

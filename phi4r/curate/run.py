@@ -26,6 +26,7 @@ from phi4r.configs.stages import CurateConfig
 from phi4r.core.console import Progress, console, say
 from phi4r.core.errors import UserError
 from phi4r.core.io import JsonlWriter, atomic_write_json, read_jsonl
+from phi4r.core.problem import Problem
 from phi4r.curate.decontaminate import decontaminate
 from phi4r.curate.dedup import deduplicate
 from phi4r.curate.difficulty import SamplePassRate, apply_mixture, parse_mixture, teachable_band
@@ -33,7 +34,7 @@ from phi4r.curate.pool import difficulty_range, generate_heldout, generate_raw_p
 from phi4r.curate.report import build_report, print_funnel, removed_row, stage_summary
 from phi4r.curate.stage import StageResult
 from phi4r.curate.validate import same_answer, task_check, tidy, validate
-from phi4r.data.records import Problem, find_files, load_problems
+from phi4r.data.records import find_files, load_problems
 from phi4r.tasks import get_task
 from phi4r.train.folders import find_latest
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from phi4r.data.records import Problem
+from phi4r.core.problem import Problem
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,9 @@ from dataclasses import replace
 from typing import Any
 
 from phi4r.core.errors import UserError
+from phi4r.core.problem import Problem
 from phi4r.curate.stage import Removed, StageResult, split
 from phi4r.curate.text import analyse
-from phi4r.data.records import Problem
 from phi4r.tasks import get_task
 from phi4r.verify.extract import extract_solution_answer
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from phi4r.data.build import Plan
+from phi4r.data.build_plan import Plan
 
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
 NUM_BINS = 40

@@ -17,8 +17,8 @@ from types import TracebackType
 
 import numpy as np
 
+from phi4r.core.seeds import epoch_order
 from phi4r.data.balance import my_share
-from phi4r.data.order import epoch_order
 from phi4r.data.packing import PackedRow
 from phi4r.data.shards import ShardRow
 

@@ -24,9 +24,9 @@ from typing import Any, Literal
 
 from phi4r.core.errors import UserError
 from phi4r.core.io import JsonlWriter
+from phi4r.core.problem import ROLES, Conversation, Message, Problem, Record
 
 OnBadRow = Literal["stop", "skip"]
-ROLES = ("system", "user", "assistant")
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 PARQUET_SUFFIXES = (".parquet",)
 
@@ -34,44 +34,6 @@ _CALCULATOR_NOTE = re.compile(r"<<[^<>]*>>")
 _GROUPED_NUMBER = re.compile(r"[-+]?\$?\d{1,3}(,\d{3})+(\.\d+)?")
 
 
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation; `role` is one of `ROLES`."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """A messages row. `id` is the row's own, or "file:line"; `meta` holds every field this module does not
-    know."""
-
-    id: str
-    messages: tuple[Message, ...]
-    meta: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A question with a gold answer, and maybe its working.
-
-    `trace` is the text inside the think block ("" is an empty block, None means there is none to train on);
-    `solution` is the text after `</think>`. `task` names the checker ("" = free-form mathematics),
-    `difficulty` is in that task's unit.
-    """
-
-    id: str
-    problem: str
-    answer: str
-    task: str = ""
-    difficulty: float | None = None
-    trace: str | None = None
-    solution: str | None = None
-    meta: dict[str, Any] = field(default_factory=dict)
-
-
-Record = Problem | Conversation
 Check = Callable[[Record], object]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from phi4r.core.errors import UserError
-from phi4r.data.records import ROLES, Conversation, Message, Problem
+from phi4r.core.problem import ROLES, Conversation, Message, Problem
 from phi4r.data.tokenizer import Tokenizer
 
 THINK, END_THINK = "<think>", "</think>"

@@ -8,7 +8,7 @@ the same question as a held-out one is left out and counted as overlap.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ import numpy as np
 
 from phi4r.configs.sections import DataConfig, require
 from phi4r.core.errors import UserError
+from phi4r.core.problem import Conversation, Problem, Record
 from phi4r.data.packing import Document, LengthReport, PackedRow, efficiency, fit_documents, pack
-from phi4r.data.records import Conversation, LoadReport, Problem, Record, load_records
+from phi4r.data.records import LoadReport, load_records
 from phi4r.data.render import problem_reply, render_example, split_think
 from phi4r.data.shards import ShardRows, fingerprint, read_index, read_settings
 from phi4r.data.tokenizer import Tokenizer
@@ -85,20 +86,6 @@ class SFTData:
     report: SFTDataReport
 
 
-def generate_examples(task_name: str, seed: int, start: int, count: int) -> list[Problem]:
-    """Problems `start` .. `start + count - 1` of a task's stream, with the think text and solution SFT trains
-    on."""
-    from phi4r.tasks import get_task
-
-    task = get_task(task_name)
-    examples = []
-    for index in range(start, start + count):
-        problem = task.generate(seed, index, None)
-        trace, solution = task.trace(problem, seed, index)
-        examples.append(replace(problem, trace=trace, solution=solution))
-    return examples
-
-
 def trainable(record: Record) -> None:
     """Raises `UserError` for a record that is well formed but has nothing to imitate."""
     if isinstance(record, Problem):
@@ -144,12 +131,17 @@ def render_documents(
 
 
 def build_sft_data(
-    data: DataConfig, tokenizer: Tokenizer, seed: int, reject_path: str | Path | None = None
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    seed: int,
+    reject_path: str | Path | None = None,
+    generated: Sequence[Record] = (),
 ) -> SFTData:
     """Everything from the `[data]` section to packed rows; the same arguments and files give the same rows.
 
-    From `data.path`, or `data.num_generated` problems of `data.task`. Held out: the rows of
-    `data.heldout_path`, or `data.heldout` rows drawn by `seed` (generated: further problems of the stream).
+    From `data.path`, or else from `generated`: problems of `data.task` with their traces, first the
+    `data.num_generated` to train on, then `data.heldout` more. Held out: the rows of `data.heldout_path`, or
+    `data.heldout` rows drawn by `seed` (generated: those after the training ones).
     `reject_path` takes bad rows where `data.on_bad_row` is "skip". `UserError` on bad rows, on documents that
     do not fit, and on empty parts.
     """
@@ -161,7 +153,7 @@ def build_sft_data(
     if data.path:
         train, load = load_records(data.path, reject_path=reject_path, **options)
     else:
-        train = list(generate_examples(data.task, seed, 0, data.num_generated))
+        train = list(generated[: data.num_generated])
     if data.heldout_path:
         rejects = None
         if reject_path is not None:
@@ -170,7 +162,7 @@ def build_sft_data(
     elif data.path:
         train, heldout = _split(train, data.heldout, seed)
     else:
-        heldout = list(generate_examples(data.task, seed, data.num_generated, data.heldout))
+        heldout = list(generated[data.num_generated :])
     examples = len(train) + len(heldout)
 
     held_questions = {question(record) for record in heldout}

@@ -14,7 +14,7 @@ from phi4r.configs.stages import EvalConfig
 from phi4r.core.console import Progress, console, is_main_rank
 from phi4r.core.errors import UserError
 from phi4r.core.io import atomic_write_json
-from phi4r.data.records import Problem
+from phi4r.core.problem import Problem
 from phi4r.data.render import render_prompt
 from phi4r.evaluate.results import (
     Results,

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from phi4r.configs.stages import RLConfig
-from phi4r.data.records import Problem
+from phi4r.core.problem import Problem
 from phi4r.data.tokenizer import Tokenizer
 from phi4r.parallel.layout import broadcast_object
 from phi4r.rl.advantages import Advantages

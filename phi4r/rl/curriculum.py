@@ -1,7 +1,7 @@
 """Which prompts a draw gets: the epochs' permutations, or those that have something left to teach first.
 
 `rollout.curriculum` = "none": every problem comes exactly once an epoch, in an order that (seed, epoch) fixes
-(`data.order`).
+(`core.seeds`).
 
 "pass_rate": every problem has a running pass rate, (right + 1/2) / (samples + 1) over its own samples, older
 ones weighted by `DECAY` a visit; the `pass_rate` that curation wrote into the problem counts as
@@ -28,8 +28,8 @@ import numpy as np
 
 from phi4r.configs.sections import RolloutConfig
 from phi4r.core.errors import UserError
-from phi4r.data.order import items_of_step
-from phi4r.data.records import Problem
+from phi4r.core.problem import Problem
+from phi4r.core.seeds import items_of_step
 
 # Separate the uses of a run's seed: drawing prompts, sampling (`rl.collect`), orders of a curriculum.
 PROMPT_STREAM, CURRICULUM_STREAM = 21, 26

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from phi4r.configs.sections import ObjectiveConfig, RewardConfig
-from phi4r.data.records import Problem
+from phi4r.core.problem import Problem
 from phi4r.data.tokenizer import Tokenizer
 from phi4r.rewards.length_aware import RewardParts, compute_reward
 from phi4r.rl.advantages import Advantages, filtered_advantages, group_advantages, kept_by_filter

@@ -7,7 +7,8 @@ from pathlib import Path
 from phi4r.configs.sections import ProblemsConfig, RolloutConfig
 from phi4r.core.console import say
 from phi4r.core.errors import UserError
-from phi4r.data.records import Problem, load_problems
+from phi4r.core.problem import Problem
+from phi4r.data.records import load_problems
 from phi4r.data.render import render_prompt
 from phi4r.data.tokenizer import Tokenizer
 from phi4r.parallel.layout import Layout, broadcast_object

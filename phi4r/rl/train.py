@@ -21,7 +21,7 @@ import numpy as np
 from phi4r.configs.sections import RolloutConfig
 from phi4r.configs.stages import RLConfig
 from phi4r.core.console import say
-from phi4r.data.order import epoch_order
+from phi4r.core.seeds import epoch_order
 from phi4r.data.packing import Document, PackedRow, pack, unpack
 from phi4r.parallel.layout import distributed_session, init_layout
 from phi4r.rl.audit import write_audit

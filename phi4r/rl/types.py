@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from phi4r.data.records import Problem
+from phi4r.core.problem import Problem
 from phi4r.data.tokenizer import Tokenizer
 from phi4r.rewards.length_aware import RewardParts
 from phi4r.verify.strict import Verdict

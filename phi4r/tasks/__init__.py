@@ -29,7 +29,7 @@ from phi4r.verify.judge import Question, is_for_judge, judged, start
 
 if TYPE_CHECKING:
     from phi4r.configs.sections import RewardConfig
-    from phi4r.data.records import Problem
+    from phi4r.core.problem import Problem
     from phi4r.verify.judge import Reply
     from phi4r.verify.pool import VerifierPool
     from phi4r.verify.strict import Verdict

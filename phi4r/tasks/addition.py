@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 
 from phi4r.core.errors import UserError
-from phi4r.data.records import Problem
+from phi4r.core.problem import Problem
 from phi4r.tasks.base import CounterStream, Task
 from phi4r.verify.strict import exact_rational, normalise
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from phi4r.core.errors import UserError
-from phi4r.data.records import Problem
+from phi4r.core.problem import Problem
 from phi4r.verify.extract import extract_answer, extract_solution_answer
 from phi4r.verify.strict import Verdict
 
@@ -121,6 +122,16 @@ class Task(ABC):
             return Verdict("no_answer", None, found.source)
         right = self.check_answer(problem, found.answer)
         return None if right is None else Verdict("correct" if right else "wrong", found.answer, self.name)
+
+    def examples(self, seed: int, start: int, count: int) -> list[Problem]:
+        """Problems `start` .. `start + count - 1` of stream `seed`, each with the trace and solution that SFT
+        trains on."""
+        found = []
+        for index in range(start, start + count):
+            problem = self.generate(seed, index)
+            trace, solution = self.trace(problem, seed, index)
+            found.append(replace(problem, trace=trace, solution=solution))
+        return found
 
     def _draw_difficulty(self, stream: CounterStream, difficulty: int | tuple[int, int] | None) -> int:
         low, high = (

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from phi4r.core.errors import UserError
-from phi4r.data.records import Problem
+from phi4r.core.problem import Problem
 from phi4r.tasks.base import CounterStream, Task
 from phi4r.verify.strict import normalise
 

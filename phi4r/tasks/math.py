@@ -5,7 +5,7 @@ verifier.
 from __future__ import annotations
 
 from phi4r.core.errors import UserError
-from phi4r.data.records import Problem
+from phi4r.core.problem import Problem
 from phi4r.tasks.base import FileTask
 from phi4r.verify.extract import gold_answer
 from phi4r.verify.strict import SymbolicQuestion, Verdict, compare_quickly, decide_quickly

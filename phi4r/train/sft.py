@@ -17,6 +17,7 @@ from phi4r.data.sft_data import SFTData, build_sft_data, open_shards
 from phi4r.data.shards import is_shard_folder
 from phi4r.data.tokenizer import Tokenizer
 from phi4r.parallel.layout import Layout, broadcast_object, distributed_session, init_layout
+from phi4r.tasks import get_task
 from phi4r.train.engine import Engine, sft_loss
 from phi4r.train.loop import open_loop
 from phi4r.train.schedule import learning_rate
@@ -38,7 +39,10 @@ def load_data(
         return rows, heldout
     data: SFTData | None = None
     if layout.is_main:
-        data = build_sft_data(config.data, tokenizer, config.seed, run_dir / "rejects.jsonl")
+        section = config.data
+        count = 0 if section.path else section.num_generated + section.heldout
+        generated = get_task(section.task).examples(config.seed, 0, count) if count else []
+        data = build_sft_data(section, tokenizer, config.seed, run_dir / "rejects.jsonl", generated)
         for line in data.report.lines():
             say(line)
     data = broadcast_object(data)

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
-from phi4r.data.order import epoch_order
+from phi4r.core.seeds import epoch_order
 from phi4r.verify.extract import gold_answer
 from phi4r.verify.pool import VerifierPool
 from phi4r.verify.strict import SymbolicQuestion, Verdict, is_too_complex, normalise

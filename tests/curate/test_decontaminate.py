@@ -2,8 +2,8 @@
 
 import pytest
 
+from phi4r.core.problem import Problem
 from phi4r.curate.decontaminate import decontaminate
-from phi4r.data.records import Problem
 
 HELD = (
     "Betty is saving money for a new wallet which costs 100 dollars. Betty has only half of the money she "

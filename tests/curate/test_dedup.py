@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from phi4r.core.problem import Problem
 from phi4r.curate.dedup import (
     NUM_HASHES,
     RECALL,
@@ -13,7 +14,6 @@ from phi4r.curate.dedup import (
     near_duplicates,
 )
 from phi4r.curate.text import mix
-from phi4r.data.records import Problem
 
 STORY = (
     "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. "

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from phi4r.core.errors import ConfigError
+from phi4r.core.problem import Problem
 from phi4r.curate.difficulty import (
     apply_mixture,
     fill_by_plurality,
@@ -12,7 +13,6 @@ from phi4r.curate.difficulty import (
     plurality,
     teachable_band,
 )
-from phi4r.data.records import Problem
 
 
 def pool(count: int, task: str = "modchain", difficulty: float | None = 4) -> list[Problem]:

@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from phi4r.core.problem import Problem
 from phi4r.curate.decontaminate import decontaminate
 from phi4r.curate.dedup import deduplicate
 from phi4r.curate.difficulty import apply_mixture, teachable_band
 from phi4r.curate.report import EXAMPLES_PER_REASON, build_report, print_funnel, stage_summary, summarise
 from phi4r.curate.stage import StageResult
 from phi4r.curate.validate import task_check, validate
-from phi4r.data.records import Problem
 
 TEXTS = st.sampled_from(
     ["1+2%10?", " 1 + 2%10?", "3*3%10?", "9-1%10?", "not a chain", "", "4+4%10?", "5*5-5%10?", "8%10?"]

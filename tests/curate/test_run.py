@@ -13,9 +13,10 @@ from phi4r.configs.sections import CurateSettings, ModelConfig, ProblemsConfig
 from phi4r.configs.stages import CurateConfig
 from phi4r.core.errors import UserError
 from phi4r.core.io import read_jsonl
+from phi4r.core.problem import Problem
 from phi4r.curate.pool import DEFECT_SHARES
 from phi4r.curate.run import main
-from phi4r.data.records import Problem, load_problems
+from phi4r.data.records import load_problems
 from phi4r.train import folders
 from phi4r.train.retention import Retention
 

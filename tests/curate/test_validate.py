@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
+from phi4r.core.problem import Problem
 from phi4r.curate.validate import same_answer, task_check, tidy, validate
-from phi4r.data.records import Problem
 
 CHAIN = Problem("c", "3*7+5-9%10?", "7", "modchain", 4, "", "7")
 STORY = Problem("s", "Tom has 3 apples and buys 4 more. How many?", "7", "math", None, "3+4=7", r"\boxed{7}")

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from phi4r.cli.main import main
+from phi4r.core.seeds import items_of_step
 from phi4r.data import build
 from phi4r.data.loader import Loader, row_at
-from phi4r.data.order import items_of_step
 from phi4r.data.packing import PackedRow
 from phi4r.data.shards import ShardRows
 from tests.data import corpus

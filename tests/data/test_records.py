@@ -13,13 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phi4r.core.errors import UserError
-from phi4r.data.records import (
-    Conversation,
-    Problem,
-    load_problems,
-    load_records,
-    problem_row,
-)
+from phi4r.core.problem import Conversation, Problem
+from phi4r.data.records import load_problems, load_records, problem_row
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k_train.jsonl"
 GOOD = {"problem": "1+1?", "answer": "2"}

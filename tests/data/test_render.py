@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phi4r.core.errors import UserError
-from phi4r.data.records import Conversation, Message, Problem
+from phi4r.core.problem import Conversation, Message, Problem
 from phi4r.data.render import (
     REASONING_SYSTEM_MESSAGE,
     chat_template,

@@ -13,6 +13,7 @@ from phi4r.configs.sections import DataConfig
 from phi4r.core.errors import UserError
 from phi4r.data.sft_data import SFTData, build_sft_data
 from phi4r.data.tokenizer import Tokenizer
+from phi4r.tasks import get_task
 
 BUILTIN = Tokenizer.builtin()
 
@@ -69,7 +70,9 @@ def test_a_question_that_is_held_out_is_not_trained_on_under_another_id_or_spaci
 
 
 def test_generated_problems_need_no_file_and_do_not_repeat_held_out_questions() -> None:
-    data = build_sft_data(DataConfig(num_generated=300, heldout=50, seq_length=256), BUILTIN, seed=0)
+    config = DataConfig(num_generated=300, heldout=50, seq_length=256)
+    generated = get_task(config.task).examples(0, 0, 350)
+    data = build_sft_data(config, BUILTIN, seed=0, generated=generated)
     everything_is_accounted_for(data)
     assert len(data.heldout) == 50
     # Held out are problems 300 to 349 of the stream: a question twice by chance is rare.

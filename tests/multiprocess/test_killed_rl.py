@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from phi4r.data.order import items_of_step
+from phi4r.core.seeds import items_of_step
 from phi4r.rl.curriculum import PROMPT_STREAM
 from tests.multiprocess.test_resume import DEADLINE_S, finish, metrics, start
 

@@ -15,7 +15,7 @@ from phi4r.configs.load import load_stage
 from phi4r.configs.sections import ObjectiveConfig, RewardConfig
 from phi4r.core.errors import UserError
 from phi4r.core.io import read_jsonl
-from phi4r.data.records import Problem
+from phi4r.core.problem import Problem
 from phi4r.evaluate.run import checker
 from phi4r.rl.audit import MAX_ROWS, show_audit, write_audit
 from phi4r.rl.collect import rollout_metrics

@@ -10,8 +10,8 @@ import pytest
 from phi4r.configs.load import load_stage
 from phi4r.configs.sections import ParallelConfig
 from phi4r.configs.stages import RLConfig
-from phi4r.data.order import items_of_step
-from phi4r.data.records import Problem
+from phi4r.core.problem import Problem
+from phi4r.core.seeds import items_of_step
 from phi4r.data.tokenizer import Tokenizer
 from phi4r.parallel.layout import init_layout
 from phi4r.rl.collect import SAMPLE_STREAM, Collector, StepSamples

@@ -11,8 +11,8 @@ import pytest
 
 from phi4r.configs.sections import RolloutConfig
 from phi4r.core.errors import ConfigError, UserError
-from phi4r.data.order import items_of_step
-from phi4r.data.records import Problem
+from phi4r.core.problem import Problem
+from phi4r.core.seeds import items_of_step
 from phi4r.rl.curriculum import (
     PROMPT_STREAM,
     EpochDraws,

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phi4r.core.errors import UserError
-from phi4r.data.records import Problem
+from phi4r.core.problem import Problem
 from phi4r.tasks import alphabet, get_task, grade_responses, task_names
 from phi4r.tasks.base import CounterStream
 from phi4r.tasks.countdown import evaluate

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phi4r.configs.sections import RewardConfig
-from phi4r.data.records import Problem
+from phi4r.core.problem import Problem
 from phi4r.tasks import get_task, grade_responses
 from phi4r.verify.audit import audit_counts, disagrees, drawn, with_second
 from phi4r.verify.numeric import compare_numerically

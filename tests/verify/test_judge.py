@@ -14,7 +14,7 @@ import pytest
 
 from phi4r.configs.sections import RewardConfig
 from phi4r.core.errors import ConfigError
-from phi4r.data.records import Problem
+from phi4r.core.problem import Problem
 from phi4r.rewards.length_aware import compute_reward
 from phi4r.tasks import grade_responses
 from phi4r.verify.judge import KEY_VARIABLE, SHOWN_CHARS, Question, judge_counts, messages, parse

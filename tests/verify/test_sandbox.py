@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from phi4r.core.errors import UserError
-from phi4r.data.records import Problem
+from phi4r.core.problem import Problem
 from phi4r.tasks import grade_responses
 from phi4r.verify.pool import VerifierPool
 from phi4r.verify.sandbox import MAX_OUTPUT_BYTES, check_cases, run_program

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 
 from phi4r.configs.sections import RewardConfig, VLLMConfig
-from phi4r.data.records import Problem
+from phi4r.core.problem import Problem
 from phi4r.sampling.vllm.server import ServerProcess
 from phi4r.tasks import grade_responses
 from phi4r.verify.judge import judge_counts

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi4r.data.order import epoch_order, items_of_step
+from phi4r.core.seeds import epoch_order, items_of_step
 
 sizes = st.integers(1, 40)
 
