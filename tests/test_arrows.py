@@ -37,16 +37,17 @@ ARROWS = {
     },
     "objectives": {"configs"},
     "sampling": {"configs", "convert", "data", "models", "parallel", "train"},
-    "convert": {"configs", "data", "models", "parallel", "train"},
-    "train": {"configs", "data", "models", "parallel", "plan", "tasks"},
-    "plan": {"configs", "models"},
+    "convert": {"configs", "data", "families", "models", "parallel", "train"},
+    "train": {"configs", "data", "families", "models", "parallel", "plan", "tasks"},
+    "plan": {"configs", "families"},
     "rewards": {"configs", "data"},
     "tasks": {"configs", "verify"},
     "verify": {"configs"},
     "data": {"configs"},
-    "models": {"configs", "parallel"},
+    "models": {"configs", "families", "parallel"},
     "parallel": {"configs"},
-    "configs": set(),
+    "configs": {"families"},
+    "families": set(),
     "core": set(),
     "__version__": set(),
 }  # fmt: skip
@@ -56,9 +57,9 @@ TARGET = re.compile(r"phi4r(\.\w+)+:\w+")
 
 # Files and folders that may not name torch at all: they run on a login node.
 NO_TORCH = [
-    "cli", "commands/dryrun.py", "commands/bench.py", "core", "configs", "tasks", "curate", "plan",
-    "evaluate", "data/records.py", "data/render.py", "data/tokenizer.py", "data/packing.py", "data/native.py",
-    "rewards", "rl/types.py", "parallel/launch.py", "parallel/attempt.py", "slurm",
+    "cli", "commands/dryrun.py", "commands/bench.py", "core", "families", "configs", "tasks", "curate",
+    "plan", "evaluate", "data/records.py", "data/render.py", "data/tokenizer.py", "data/packing.py",
+    "data/native.py", "rewards", "rl/types.py", "parallel/launch.py", "parallel/attempt.py", "slurm",
 ]  # fmt: skip
 
 

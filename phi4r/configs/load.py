@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import phi4r
-from phi4r.configs.model_presets import PRESETS
 from phi4r.configs.schema import as_dict, closest, coerce, fields_of, from_text, sections_of, unknown
 from phi4r.configs.sections import ParallelConfig
 from phi4r.configs.stages import STAGES, StageConfig
 from phi4r.core.errors import ConfigError, UserError
 from phi4r.core.io import atomic_write_json
+from phi4r.families.registry import presets
 
 COMMAND_LINE = "command line"
 
@@ -281,7 +281,7 @@ def _read_resolved(path: Path) -> Recipe:
         raise UserError(f'{path}: not the config.json of a run: expected "stage" and "config"')
     settings = _collect(content["config"], lambda _: str(path)).pop("", {})
     # What the preset gives is left to the preset, so that `--model.preset other` changes what it should.
-    preset = PRESETS.get(settings.get(("model", "preset"), Setting("", "")).value, {})
+    preset = presets().get(settings.get(("model", "preset"), Setting("", "")).value, {})
     shared = {
         (section, key): setting
         for (section, key), setting in settings.items()
@@ -307,10 +307,10 @@ def _build(stage: str, layers: Sequence[Settings]) -> tuple[StageConfig, dict[st
         for name, section_cls in sections_of(cls).items():
             own: dict[str, Any] = {}
             if name == "model" and preset:
-                if preset not in PRESETS:
-                    raise unknown("model.preset", "preset", preset, PRESETS, "")
-                own.update(PRESETS[preset])
-                for key in PRESETS[preset]:
+                if preset not in presets():
+                    raise unknown("model.preset", "preset", preset, presets(), "")
+                own.update(presets()[preset])
+                for key in presets()[preset]:
                     sources.setdefault(f"model.{key}", f"preset {preset}")
             own.update({key: setting.value for (section, key), setting in merged.items() if section == name})
             values[name] = section_cls(**own)

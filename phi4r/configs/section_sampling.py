@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from phi4r.configs.section_checks import at_least, between, positive, require
+from phi4r.core.checks import at_least, between, positive, require
 
 
 @dataclass(frozen=True, kw_only=True)

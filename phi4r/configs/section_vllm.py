@@ -6,7 +6,7 @@ import shlex
 from dataclasses import dataclass
 from typing import Literal
 
-from phi4r.configs.section_checks import at_least, positive, require
+from phi4r.core.checks import at_least, positive, require
 from phi4r.core.errors import ConfigError
 
 

@@ -5,7 +5,6 @@ when it is made; what depends on several sections is checked in `stages`. Defaul
 start, except where the paper gives a value that has no small-scale twin.
 """
 
-from phi4r.configs.section_checks import require
 from phi4r.configs.section_sampling import (
     CurateSettings,
     EvalSettings,
@@ -19,13 +18,14 @@ from phi4r.configs.section_training import (
     DataConfig,
     InitConfig,
     LogConfig,
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     TokenizerConfig,
     TrainConfig,
 )
 from phi4r.configs.section_vllm import VLLMConfig
+from phi4r.core.checks import require
+from phi4r.families.model import ModelConfig
 
 __all__ = [
     "CheckpointConfig",

@@ -72,7 +72,8 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
             if model.num_query_groups % n == 0 and model.num_attention_heads % n == 0
         ]
         listed = ", ".join(map(str, fits[:-1])) + f" or {fits[-1]}" if len(fits) > 1 else "1"
-        owner = "Phi-4" if model.preset.startswith("phi4") else "the model"
+        is_published = model.preset and not model.preset.startswith("tiny")
+        owner = model.description.title if is_published else "the model"
         reason = f"{tp} does not divide the {count} {what} (model.{name}): {owner} has"
         require(
             count % tp == 0,

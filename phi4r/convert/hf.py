@@ -6,6 +6,7 @@ not touched: bf16 stays bf16 and fp32 stays fp32, bit for bit. DST appears whole
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -19,13 +20,13 @@ from phi4r.core.console import Progress, is_main_rank, say
 from phi4r.core.errors import UserError
 from phi4r.core.io import atomic_write_json
 from phi4r.data.tokenizer import Tokenizer
+from phi4r.families.hf_config import hf_config
+from phi4r.families.model import Dtype
 from phi4r.models.huggingface import (
     INDEX,
     TOKENIZER_FILES,
-    Dtype,
     HFWeights,
     ShardWriter,
-    hf_config,
     plan_shards,
     read_hf_config,
     read_raw_config,
@@ -100,7 +101,7 @@ def hf_to_phi4r(src: Path, dst: Path) -> None:
     import torch
 
     from phi4r.convert.stream import StreamWriter
-    from phi4r.models.names import hf_tensors, to_mcore, weight_table
+    from phi4r.models.names import hf_tensors, read, to_mcore, weight_table
 
     model = read_hf_config(src)
     weights = HFWeights(src)
@@ -111,7 +112,7 @@ def hf_to_phi4r(src: Path, dst: Path) -> None:
     with new_folder(dst) as folder, torch.no_grad(), _progress(len(table)) as progress:
         writer = StreamWriter(folder / DIST, model.num_layers)
         for done, weight in enumerate(table, start=1):
-            writer.write(weight, to_mcore(weight, weights.get_tensor(weight.hf)))
+            writer.write(weight, to_mcore(weight, read(weight, weights.get_tensor)))
             progress.update(done, {"tensor": weight.hf})
         writer.finish()
         names = _copy(src, folder / TOKENIZER, TOKENIZER_FILES)
@@ -139,7 +140,7 @@ def phi4r_to_hf(src: Path, dst: Path, max_shard_bytes: int = SHARD_BYTES) -> Non
     import torch
 
     from phi4r.convert.stream import StreamReader
-    from phi4r.models.names import from_mcore, weight_table
+    from phi4r.models.names import from_mcore, hf_tensors, parts, weight_table
 
     kind, checkpoint = resolve_checkpoint(src)
     if kind != "phi4r":
@@ -152,14 +153,15 @@ def phi4r_to_hf(src: Path, dst: Path, max_shard_bytes: int = SHARD_BYTES) -> Non
     names: dict[torch.dtype, Dtype] = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
     dtype = names[reader.dtype]
     model = replace(manifest.model, dtype=dtype)
-    shards = plan_shards([(weight.hf, weight.shape) for weight in table], dtype, max_shard_bytes)
-    by_name = {weight.hf: weight for weight in table}
+    tensors = list(hf_tensors(model).items())
+    shards = plan_shards(tensors, dtype, max_shard_bytes)
+    ready = (part for weight in table for part in parts(weight, from_mcore(weight, reader.read(weight))))
     weight_map = {}
-    with new_folder(dst) as folder, torch.no_grad(), _progress(len(table)) as progress:
+    with new_folder(dst) as folder, torch.no_grad(), _progress(len(tensors)) as progress:
         for file_name, shard in zip(shard_names(len(shards)), shards, strict=True):
             with ShardWriter(folder / file_name, shard, dtype) as writer:
-                for name, _ in shard:
-                    writer.write(name, from_mcore(by_name[name], reader.read(by_name[name])))
+                for name, tensor in itertools.islice(ready, len(shard)):
+                    writer.write(name, tensor)
                     weight_map[name] = file_name
                     progress.update(len(weight_map), {"tensor": name})
         if len(shards) > 1:

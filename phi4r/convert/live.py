@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from phi4r.configs.sections import ModelConfig
 from phi4r.convert.hf import SHARD_BYTES, new_folder
 from phi4r.core.io import atomic_write_json
-from phi4r.models.huggingface import INDEX, ShardWriter, hf_config, plan_shards, shard_names
-from phi4r.models.names import Weight, from_mcore, local_weights, unshard, weight_table
+from phi4r.families.hf_config import hf_config
+from phi4r.models.huggingface import INDEX, ShardWriter, plan_shards, shard_names
+from phi4r.models.names import from_mcore, hf_tensors, local_weights, parts, unshard, weight_table
 from phi4r.parallel.layout import Layout
 from phi4r.train.save import finish_param_gather
 
@@ -36,8 +37,8 @@ def served_model(model: ModelConfig) -> ModelConfig:
 @torch.no_grad()
 def whole_weights(
     chunks: Sequence[nn.Module], model: ModelConfig, layout: Layout
-) -> Iterator[tuple[Weight, Tensor]]:
-    """(weight, full HF tensor on the CPU, in the type served), in table order, on rank 0; other ranks send
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, full HF tensor on the CPU, in the type served), in table order, on rank 0; other ranks send
     their parts and get nothing. Collective: every rank must run the iterator to its end."""
     finish_param_gather(chunks)
     if 0 not in layout.copy_ranks:
@@ -53,24 +54,24 @@ def whole_weights(
             for rank, held in zip(layout.copy_ranks, shapes, strict=True)
             if weight.hf in held
         ]
-        if weight.shard_dim is None:
-            holders = holders[:1]
+        # Tied embeddings lie on the first stage and, once more, on the last.
+        holders = holders[: 1 if weight.shard_dim is None else layout.tp]
         if not layout.is_main:
             if layout.rank in [rank for rank, _ in holders]:
                 dist.send(mine[weight.hf].to(dtype).contiguous(), 0)
             continue
-        parts = []
+        shards = []
         for rank, shape in holders:
             if rank == layout.rank:
                 part = mine[weight.hf].to(dtype)
             else:
                 part = torch.empty(shape, dtype=dtype, device=layout.device)
                 dist.recv(part, rank)
-            parts.append(part.cpu())
-        yield weight, from_mcore(weight, unshard(weight, parts))
+            shards.append(part.cpu())
+        yield from parts(weight, from_mcore(weight, unshard(weight, shards)))
 
 
-def hand_over(weights: Iterator[tuple[Weight, Tensor]]) -> None:
+def hand_over(weights: Iterator[tuple[str, Tensor]]) -> None:
     """The part in `whole_weights` of a rank other than 0."""
     for _ in weights:
         raise AssertionError("only rank 0 is given weights")
@@ -92,15 +93,14 @@ def export_live(
         hand_over(weights)
         return
     served = served_model(model)
-    table = [(weight.hf, weight.shape) for weight in weight_table(model)]
-    shards = plan_shards(table, served.dtype, max_shard_bytes)
+    shards = plan_shards(list(hf_tensors(model).items()), served.dtype, max_shard_bytes)
     weight_map: dict[str, str] = {}
     with new_folder(folder) as temporary:
         for file_name, shard in zip(shard_names(len(shards)), shards, strict=True):
             with ShardWriter(temporary / file_name, shard, served.dtype) as writer:
                 for name, _ in shard:
-                    weight, tensor = next(weights)
-                    assert weight.hf == name, f"{weight.hf} came where {name} was due"
+                    found, tensor = next(weights)
+                    assert found == name, f"{found} came where {name} was due"
                     writer.write(name, tensor)
                     weight_map[name] = file_name
         assert next(weights, None) is None

@@ -1,4 +1,4 @@
-"""The Phi-4 decoder on megatron-core: numbers to transformer config, layer spec, core attention, weight
+"""A decoder on megatron-core: numbers to transformer config, layer spec, core attention, weight
 names.
 
 Megatron-core supplies the layers and their parallelism; what lives here is what it lacks on CPU or for packed

@@ -19,7 +19,11 @@ from phi4r.parallel import zigzag
 
 
 def apply_rotary(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
-    """NeoX half-rotation x cos + rotate_half(x) sin over all H dimensions, computed in fp32."""
+    """NeoX half-rotation x cos + rotate_half(x) sin over the first values of a head, as many as cos and sin
+    have, computed in fp32."""
+    if (dim := cos_TH.size(-1)) < x_TNH.size(-1):
+        rotated = apply_rotary(x_TNH[..., :dim], cos_TH, sin_TH)
+        return torch.cat([rotated, x_TNH[..., dim:]], dim=-1)
     first, second = x_TNH.float().chunk(2, dim=-1)
     rotated = torch.cat([-second, first], dim=-1)
     return (x_TNH.float() * cos_TH[:, None] + rotated * sin_TH[:, None]).to(x_TNH.dtype)
@@ -28,7 +32,7 @@ def apply_rotary(x_TNH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
 class CoreAttention(torch.nn.Module):
     """Causal attention inside each document; built by megatron's SelfAttention, one per layer.
 
-    `config` carries `phi4r_rope_theta` and `phi4r_attention_backend` (see `model/gpt.py`).
+    `config` carries `phi4r_rotary` and `phi4r_attention_backend` (see `models/gpt.py`).
     """
 
     def __init__(
@@ -44,7 +48,7 @@ class CoreAttention(torch.nn.Module):
         super().__init__()
         self.layer_number = layer_number
         self.head_dim = config.kv_channels
-        self.theta = config.phi4r_rope_theta
+        self.rotary = config.phi4r_rotary
         self.backend = BACKENDS[config.phi4r_attention_backend]
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.cp_group = pg_collection.cp
@@ -63,7 +67,7 @@ class CoreAttention(torch.nn.Module):
         """query [T local, N, H], key and value [T local, K, H], not yet rotated; returns [T local, N * H]."""
         context = packed_seq_params
         assert isinstance(context, PackedContext), "every stage needs the row's PackedContext (cu_seqlens)"
-        cos, sin = context.rotary(self.head_dim, self.theta)
+        cos, sin = context.rotary(self.rotary)
         query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
         cache = context.kv_cache
         if cache is not None and cache.decoding:

@@ -1,4 +1,4 @@
-"""Phi-4 as a megatron-core GPTModel: config, layer spec, head, and the model chunks of this rank."""
+"""A decoder as a megatron-core GPTModel: config, layer spec, head, and the model chunks of this rank."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from phi4r.configs.sections import ModelConfig, ParallelConfig, TrainConfig
 from phi4r.configs.stages import stage_layers, vocab_rows
 from phi4r.core import optional
 from phi4r.core.errors import UserError
+from phi4r.families.family import Family
 from phi4r.models.attention import CoreAttention
 from phi4r.models.backends import select_backend
 from phi4r.models.packed import HeadRequest, PackedContext
@@ -58,30 +59,29 @@ class LogprobHead(ColumnParallelLinear):
     vocab_size: int
     """Rows of the whole vocabulary; what the ranks hold beyond it is padding."""
 
-    @property
-    def num_real_rows(self) -> int:
-        """Rows of this rank's weight that are tokens."""
-        rows = self.weight.size(0)
+    def num_real_rows(self, rows: int) -> int:
+        """How many of this rank's `rows` are tokens."""
         return min(rows, self.vocab_size - self.tp_group.rank() * rows)
 
     def forward(  # type: ignore[override]
-        self, hidden: Tensor, request: HeadRequest, gather_sequence: bool
+        self, hidden: Tensor, table: Tensor, request: HeadRequest, gather_sequence: bool
     ) -> Tensor | LinearLossResult:
-        """hidden [T local / tp if SP, 1, D] -> the loss of `request.loss`; without one, [2, T local]
-        (log-prob, entropy), or logits [B, vocabulary] fp32."""
+        """table: this rank's rows of the head, or of the embedding it is tied to. hidden [T local / tp if
+        SP, 1, D] -> the loss of `request.loss`; without one, [2, T local] (log-prob, entropy), or logits [B,
+        vocabulary] fp32."""
         if gather_sequence:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden)
         hidden_TD = hidden[:, 0]
         if request.logits_at is not None:
-            return self._gathered_logits(hidden_TD[request.logits_at])
+            return self._gathered_logits(hidden_TD[request.logits_at], table)
         assert request.labels_T is not None
         # Without the padding rows: they get no probability, and no gradient but zeros.
-        rows = self.num_real_rows
-        weight = self.weight if rows == self.weight.size(0) else self.weight[:rows]
+        rows = self.num_real_rows(table.size(0))
+        weight = table if rows == table.size(0) else table[:rows]
         options: dict[str, Any] = dict(
-            vocab_start=self.tp_group.rank() * self.weight.size(0),
+            vocab_start=self.tp_group.rank() * table.size(0),
             group=self.tp_group,
             temperature=request.temperature,
             chunk_size=request.chunk_size,
@@ -98,8 +98,8 @@ class LogprobHead(ColumnParallelLinear):
             options["sequence_group"] = mpu.get_context_parallel_group()
         return linear_loss(hidden_TD, weight, request.labels_T, spec=request.loss, **options)
 
-    def _gathered_logits(self, hidden_BD: Tensor) -> Tensor:
-        logits_BV = hidden_BD.float() @ self.weight.float().T
+    def _gathered_logits(self, hidden_BD: Tensor, table: Tensor) -> Tensor:
+        logits_BV = hidden_BD.float() @ table.float().T
         if self.tp_group.size() == 1:
             return logits_BV
         shards = [torch.empty_like(logits_BV) for _ in range(self.tp_group.size())]
@@ -107,7 +107,7 @@ class LogprobHead(ColumnParallelLinear):
         return torch.cat(shards, dim=1)[:, : self.vocab_size]
 
 
-def layer_spec(kind: str = "local") -> ModuleSpec:
+def layer_spec(family: Family, kind: str = "local") -> ModuleSpec:
     """A decoder layer, its matrix products from megatron-core ("local") or from transformer-engine.
 
     Norms and core attention are ours in both, so that parameters have the same names: weights, checkpoints,
@@ -116,6 +116,8 @@ def layer_spec(kind: str = "local") -> ModuleSpec:
     attention = layer.submodules.self_attention.submodules
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention.core_attention = CoreAttention
+    if family.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
     if kind == "transformer_engine":
         # megatron-core imports transformer-engine where it finds it, and has stand-ins otherwise.
         from megatron.core.extensions import transformer_engine as te
@@ -126,13 +128,13 @@ def layer_spec(kind: str = "local") -> ModuleSpec:
     return layer
 
 
-class Phi4Model(GPTModel):
+class DecoderModel(GPTModel):
     """GPTModel whose last stage answers the row's `HeadRequest` instead of returning logits."""
 
     def __init__(
         self, config: TransformerConfig, model: ModelConfig, *, layers: str = "local", **stage: Any
     ) -> None:
-        layer = layer_spec(layers)
+        layer = layer_spec(model.description, layers)
         tp = config.tensor_model_parallel_size
         num_layers = get_num_layers_to_build(config, stage["vp_stage"])
         super().__init__(
@@ -142,7 +144,7 @@ class Phi4Model(GPTModel):
             ),
             vocab_size=vocab_rows(model.vocab_size, tp) * tp,
             max_sequence_length=model.max_position_embeddings,
-            share_embeddings_and_output_weights=False,
+            share_embeddings_and_output_weights=model.tie_embeddings,
             position_embedding_type="none",  # CoreAttention rotates
             parallel_output=True,
             **stage,
@@ -160,7 +162,10 @@ class Phi4Model(GPTModel):
     def _postprocess(self, hidden_states: Tensor, packed_seq_params: PackedContext, **unused: Any) -> Tensor:
         if not self.post_process:
             return hidden_states
-        return self.output_layer(hidden_states, packed_seq_params.head, self.config.sequence_parallel)
+        table = self.output_layer.weight
+        if self.share_embeddings_and_output_weights:
+            table = self.shared_embedding_or_output_weight()
+        return self.output_layer(hidden_states, table, packed_seq_params.head, self.config.sequence_parallel)
 
 
 FP8_FORMATS = {"tensorwise": "hybrid", "blockwise": "e4m3", "mxfp8": "e4m3"}
@@ -179,7 +184,7 @@ def pipeline_layout(num_layers: int, parallel: ParallelConfig) -> list[list[str]
 def transformer_config(
     model: ModelConfig, parallel: ParallelConfig, train: TrainConfig | None = None
 ) -> TransformerConfig:
-    """Megatron-core's config for a Phi-4-shaped model under a layout. Of `train`: recompute and fp8."""
+    """Megatron-core's config for a model under a layout. Of `train`: recompute and fp8."""
     train = train or TrainConfig()
     dtype = DTYPES[model.dtype]
     on_cpu = not torch.cuda.is_available()
@@ -208,6 +213,7 @@ def transformer_config(
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=False,
+        qk_layernorm=model.description.qk_norm,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         params_dtype=dtype,
@@ -235,17 +241,17 @@ def transformer_config(
         batch_p2p_comm=not interleaved,
         **options,
     )
-    config.phi4r_rope_theta = model.rope_theta
+    config.phi4r_rotary = model.rotary
     config.phi4r_attention_backend = select_backend(model.attention_backend, model.head_dim, model.dtype)
     return config
 
 
-def _mark_sharded_parameters(chunk: Phi4Model) -> None:
+def _mark_sharded_parameters(chunk: DecoderModel) -> None:
     """Tell megatron which parameters are slices. It only does so itself while it initialises weights, and
     counts an unmarked slice once instead of once per TP rank in the gradient norm: clipping would be silently
     wrong."""
     for module in chunk.modules():
-        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
+        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding) and module.weight is not None:
             set_tensor_model_parallel_attributes(module.weight, True, 0, 1)
         elif isinstance(module, RowParallelLinear):
             set_tensor_model_parallel_attributes(module.weight, True, 1, 1)
@@ -253,7 +259,7 @@ def _mark_sharded_parameters(chunk: Phi4Model) -> None:
 
 def build_model(
     model: ModelConfig, parallel: ParallelConfig, train: TrainConfig | None = None
-) -> list[Phi4Model]:
+) -> list[DecoderModel]:
     """This rank's model chunks (one per virtual stage), parameters allocated but not filled. Of `train`:
     recompute, layers and fp8.
 
@@ -268,7 +274,7 @@ def build_model(
     for stage in range(parallel.vpp):
         vp_stage = stage if parallel.vpp > 1 else None
         ignore_virtual = vp_stage is None
-        chunk = Phi4Model(
+        chunk = DecoderModel(
             config,
             model,
             layers=train.layers,

@@ -1,5 +1,4 @@
-"""Hugging Face model folders: config.json <-> ModelConfig, safetensors shards tensor by tensor, files carried
-along.
+"""Hugging Face model folders: config.json, safetensors shards tensor by tensor, files carried along.
 
     FOLDER/config.json, generation_config.json          what the model is, how to sample from it
     FOLDER/model.safetensors, or model-0000i-of-0000n.safetensors with model.safetensors.index.json
@@ -19,15 +18,15 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from phi4r.configs.sections import ModelConfig
 from phi4r.core.errors import UserError
+from phi4r.families.hf_config import model_config
+from phi4r.families.model import Dtype, ModelConfig
 
 if TYPE_CHECKING:
     import torch
 
-ARCHITECTURE = "Phi3ForCausalLM"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 TOKENIZER_FILES = (
@@ -42,7 +41,6 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 
-Dtype = Literal["fp64", "fp32", "bf16"]
 # safetensors' name of a dtype -> (bytes, torch's name, ours)
 _DTYPES = {"F64": (8, "float64", "fp64"), "F32": (4, "float32", "fp32"), "BF16": (2, "bfloat16", "bf16")}
 _OURS = {ours: theirs for theirs, (_, _, ours) in _DTYPES.items()}
@@ -79,134 +77,11 @@ def read_raw_config(folder: str | Path) -> dict[str, Any]:
     return raw
 
 
-def _rope(raw: dict[str, Any]) -> tuple[float, list[str]]:
-    """(theta, reasons why this RoPE is not Phi-4's). transformers 4 writes `rope_theta` and `rope_scaling`, 5
-    writes `rope_parameters`; some tools write both."""
-    parameters = raw.get("rope_parameters") or {}
-    scaling = raw.get("rope_scaling") or {}
-    reasons = []
-    for section in (parameters, scaling):
-        kind = section.get("rope_type", section.get("type", "default"))
-        if kind != "default":
-            reasons.append(f"RoPE scaling {kind!r} is not supported")
-    thetas = {float(t) for t in (raw.get("rope_theta"), parameters.get("rope_theta")) if t is not None}
-    if len(thetas) > 1:
-        reasons.append(f"rope_theta and rope_parameters.rope_theta disagree ({sorted(thetas)})")
-    for section in (raw, parameters):
-        if section.get("partial_rotary_factor", 1.0) not in (1, 1.0, None):
-            reasons.append(
-                f"partial_rotary_factor {section['partial_rotary_factor']} is not supported "
-                "(Phi-4 turns whole heads)"
-            )
-    # transformers' own default when a config names none
-    return max(thetas, default=10_000.0), list(dict.fromkeys(reasons))
-
-
-def _reasons_against(raw: dict[str, Any]) -> list[str]:
-    """Why a config's model is not one that we can run, one reason a difference."""
-    reasons = []
-    architectures = raw.get("architectures") or []
-    if raw.get("model_type", "phi3") != "phi3" or architectures not in ([], [ARCHITECTURE]):
-        found = ", ".join(architectures) or repr(raw.get("model_type"))
-        return [f"is a {found}, expected {ARCHITECTURE}"]
-    if raw.get("tie_word_embeddings", False):
-        reasons.append("tied embeddings are not supported (Phi-4's are separate)")
-    window, positions = raw.get("sliding_window"), raw.get("max_position_embeddings", 0)
-    if window is not None and window < positions:
-        reasons.append(f"sliding_window {window} is smaller than max_position_embeddings {positions}")
-    if raw.get("hidden_act", "silu") not in ("silu", "swish"):
-        reasons.append(f"hidden_act {raw['hidden_act']!r} is not supported (expected 'silu')")
-    for key in ("attention_bias", "mlp_bias", "qk_layernorm"):
-        if raw.get(key, False):
-            reasons.append(f"{key} is not supported")
-    if raw.get("quantization_config"):
-        reasons.append("quantized weights are not supported")
-    return reasons
-
-
 def read_hf_config(folder: str | Path) -> ModelConfig:
-    """The ModelConfig of a Phi3ForCausalLM folder. UserError gives every reason why a model is not
-    supported.
-    """
+    """The ModelConfig of a Hugging Face folder. UserError gives every reason why a model is not supported."""
     raw = read_raw_config(folder)
-    path = Path(folder) / "config.json"
-    theta, rope_reasons = _rope(raw)
-    reasons = _reasons_against(raw)
-    if not (reasons and reasons[0].startswith("is a ")):
-        reasons += rope_reasons
-    dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "")
-    ours = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "": ""}.get(
-        dtype.removeprefix("torch.")
-    )
-    if ours is None:
-        reasons.append(f"dtype {dtype!r} is not supported (expected bfloat16, float32 or float64)")
-    if reasons:
-        raise UserError(f"{path}: " + "; ".join(reasons))
-    names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-    missing = [name for name in names if not isinstance(raw.get(name), int)]
-    if missing:
-        raise UserError(f"{path}: {', '.join(missing)}: missing or not a whole number")
-    heads = raw["num_attention_heads"]
-    return ModelConfig(
-        num_layers=raw["num_hidden_layers"],
-        hidden_size=raw["hidden_size"],
-        ffn_hidden_size=raw["intermediate_size"],
-        num_attention_heads=heads,
-        num_query_groups=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-        vocab_size=raw["vocab_size"],
-        rope_theta=theta,
-        max_position_embeddings=raw.get("max_position_embeddings", 4096),
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-5),
-        init_std=raw.get("initializer_range", 0.02),
-        init_scheme="normal",
-        dtype=cast(Dtype, ours) if ours else HFWeights(folder).dtype,
-    )
-
-
-def hf_config(
-    model: ModelConfig, base: dict[str, Any], eos_ids: tuple[int, ...], pad_id: int | None
-) -> dict[str, Any]:
-    """The config.json of `model`. `base`: the config it was converted from, for keys that are not ours ({} if
-    none).
-    """
-    own = {
-        "architectures": [ARCHITECTURE],
-        "model_type": "phi3",
-        "num_hidden_layers": model.num_layers,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.ffn_hidden_size,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.num_query_groups,
-        "vocab_size": model.vocab_size,
-        "max_position_embeddings": model.max_position_embeddings,
-        "original_max_position_embeddings": model.max_position_embeddings,
-        "rms_norm_eps": model.rms_norm_eps,
-        "hidden_act": "silu",
-        "initializer_range": model.init_std,
-        "tie_word_embeddings": False,
-        "sliding_window": None,
-        "attention_bias": False,
-        # transformers 4 reads rope_theta and torch_dtype; 5 reads rope_parameters and understands torch_dtype
-        "rope_theta": model.rope_theta,
-        "rope_scaling": None,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": model.rope_theta,
-            "partial_rotary_factor": 1.0,
-        },
-        "torch_dtype": _DTYPES[_OURS[model.dtype]][1],
-    }
-    if model.head_dim * model.num_attention_heads != model.hidden_size:
-        own["head_dim"] = model.head_dim
-    ids: dict[str, Any] = {
-        "bos_token_id": None,
-        "eos_token_id": eos_ids[0] if eos_ids else None,
-        "pad_token_id": pad_id,
-    }
-    defaults = {"attention_dropout": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "use_cache": True}
-    rest = {key: value for key, value in base.items() if key != "dtype"}
-    return {**defaults, **ids, **rest, **own}
+    named = raw.get("dtype") or raw.get("torch_dtype")
+    return model_config(raw, str(Path(folder) / "config.json"), None if named else HFWeights(folder).dtype)
 
 
 # --- safetensors
@@ -313,9 +188,7 @@ class HFWeights:
                 )
         for name, entry in self.entries.items():
             if name not in shapes:
-                raise UserError(
-                    f"{entry.file}: tensor {name} has no place in a {ARCHITECTURE} of this config"
-                )
+                raise UserError(f"{entry.file}: tensor {name} has no place in a model of this config")
 
     def get_tensor(self, name: str) -> torch.Tensor:
         """One whole tensor, in the dtype of the file, in memory of its own."""

@@ -1,8 +1,9 @@
-"""The name table: every weight of a Phi-4 model under its Hugging Face and its megatron-core name.
+"""The name table: every weight of a model under its Hugging Face and its megatron-core name.
 
 Three forms of one weight:
 
-- *HF tensor*: as `Phi3ForCausalLM` stores it (`model.layers.3.self_attn.qkv_proj.weight`, rows [Q | K | V]).
+- *HF tensor*: `model.layers.3.self_attn.qkv_proj.weight`, rows [Q | K | V]. Files of some families hold it in
+  parts (`q_proj`, `k_proj`, `v_proj`): `tensors` names what lies in files, `read` joins it, `parts` cuts it.
 - *full mcore tensor*: the same shape in megatron-core's row order, not cut by tensor parallelism. Only two
   kinds differ from HF: QKV rows are interleaved per KV group ([q-heads of group 0, k0, v0, q-heads of group
   1, ...]) and fc1 stays [gate | up].
@@ -18,19 +19,20 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from phi4r.configs.stages import vocab_rows
 from phi4r.core.errors import UserError
-
-if TYPE_CHECKING:
-    from phi4r.configs.sections import ModelConfig
+from phi4r.families.family import Kind, LayerTensor
+from phi4r.families.model import ModelConfig
+from phi4r.families.sizes import LayerSizes
 
 GetTensor = Callable[[str], Tensor]
-"""HF name -> full HF tensor."""
+"""Name of a tensor in a Hugging Face file -> the full tensor."""
+
+EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Weight:
     hf: str
     mcore: str
     shape: tuple[int, ...]
-    kind: Literal["plain", "qkv", "gate_up"] = "plain"
+    kind: Kind = "plain"
     shard_dim: int | None = None
     """Dimension cut by tensor parallelism; None: every rank holds it whole (the norms)."""
     layer: int | None = None
@@ -48,69 +50,84 @@ class Weight:
     qkv: tuple[int, int, int] | None = None
     """(N, K, H) of a QKV weight."""
 
+    tensors: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    """(name, shape) of what files hold, whose rows one after another are the HF tensor."""
+
     @property
     def is_vocabulary(self) -> bool:
         """Whether its rows are tokens: the embedding and the head, which tensor parallelism may pad."""
         return self.layer is None and self.shard_dim == 0
 
 
-# per-layer part of the table: (HF suffix, mcore suffix, kind, shard_dim); shapes come from _layer_shapes
-_LAYER = (
-    ("input_layernorm.weight", "input_layernorm.weight", "plain", None),
-    ("self_attn.qkv_proj.weight", "self_attention.linear_qkv.weight", "qkv", 0),
-    ("self_attn.o_proj.weight", "self_attention.linear_proj.weight", "plain", 1),
-    ("post_attention_layernorm.weight", "pre_mlp_layernorm.weight", "plain", None),
-    ("mlp.gate_up_proj.weight", "mlp.linear_fc1.weight", "gate_up", 0),
-    ("mlp.down_proj.weight", "mlp.linear_fc2.weight", "plain", 1),
-)
-
-
-@lru_cache(maxsize=8)
-def _table(V: int, D: int, F: int, N: int, K: int, H: int, num_layers: int) -> tuple[Weight, ...]:
-    layer_shapes = ((D,), ((N + 2 * K) * H, D), (D, N * H), (D,), (2 * F, D), (D, F))
-    out = [
-        Weight(
-            "model.embed_tokens.weight",
-            "embedding.word_embeddings.weight",
-            (V, D),
-            shard_dim=0,
-        )
-    ]
-    for i in range(num_layers):
-        for (hf, mcore, kind, dim), shape in zip(_LAYER, layer_shapes, strict=True):
-            out.append(
-                Weight(
-                    f"model.layers.{i}.{hf}",
-                    f"decoder.layers.{i}.{mcore}",
-                    shape,
-                    kind,  # type: ignore[arg-type]
-                    dim,
-                    layer=i,
-                    qkv=(N, K, H) if kind == "qkv" else None,
-                )
-            )
-    out.append(Weight("model.norm.weight", "decoder.final_layernorm.weight", (D,)))
-    out.append(Weight("lm_head.weight", "output_layer.weight", (V, D), shard_dim=0))
-    return tuple(out)
-
-
-def weight_table(model_cfg: ModelConfig) -> tuple[Weight, ...]:
-    """Every weight of the model, in the order of the forward pass (243 for Phi-4: 6 a layer and 3)."""
-    c = model_cfg
-    return _table(
-        c.vocab_size,
-        c.hidden_size,
-        c.ffn_hidden_size,
-        c.num_attention_heads,
-        c.num_query_groups,
-        c.head_dim,
-        c.num_layers,
+def _layer_weight(model: ModelConfig, tensor: LayerTensor, layer: int) -> Weight:
+    sizes = LayerSizes.of(model)
+    D, F, H = sizes.hidden, sizes.ffn, sizes.head_dim
+    rows = {"qkv": (sizes.q, sizes.kv, sizes.kv), "gate_up": (F, F)}.get(tensor.kind, ())
+    shapes: dict[str, tuple[int, ...]] = {
+        "self_attention.linear_qkv.weight": (sum(rows), D),
+        "self_attention.linear_proj.weight": (D, sizes.q),
+        "self_attention.q_layernorm.weight": (H,),
+        "self_attention.k_layernorm.weight": (H,),
+        "mlp.linear_fc1.weight": (sum(rows), D),
+        "mlp.linear_fc2.weight": (D, F),
+    }
+    shape = shapes.get(tensor.mcore, (D,))
+    prefix = f"model.layers.{layer}."
+    stored = tuple((prefix + part, (count, D)) for part, count in zip(tensor.parts, rows, strict=False))
+    return Weight(
+        prefix + tensor.hf,
+        f"decoder.layers.{layer}.{tensor.mcore}",
+        shape,
+        tensor.kind,
+        tensor.shard_dim,
+        layer=layer,
+        qkv=(sizes.num_heads, sizes.kv // H, H) if tensor.kind == "qkv" else None,
+        tensors=stored or ((prefix + tensor.hf, shape),),
     )
 
 
-def hf_tensors(model_cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """HF name -> full shape, for every tensor that a `Phi3ForCausalLM` of this size has."""
-    return {w.hf: w.shape for w in weight_table(model_cfg)}
+def _outer_weight(hf: str, mcore: str, shape: tuple[int, ...], shard_dim: int | None = None) -> Weight:
+    return Weight(hf, mcore, shape, shard_dim=shard_dim, tensors=((hf, shape),))
+
+
+@lru_cache(maxsize=8)
+def weight_table(model: ModelConfig) -> tuple[Weight, ...]:
+    """Every weight of the model, in the order of the forward pass (243 for Phi-4: 6 a layer and 3). Tied
+    embeddings are one weight: the head has none of its own."""
+    V, D = model.vocab_size, model.hidden_size
+    table = [_outer_weight("model.embed_tokens.weight", EMBEDDING, (V, D), 0)]
+    for layer in range(model.num_layers):
+        table += [_layer_weight(model, tensor, layer) for tensor in model.description.tensors]
+    table.append(_outer_weight("model.norm.weight", "decoder.final_layernorm.weight", (D,)))
+    if not model.tie_embeddings:
+        table.append(_outer_weight("lm_head.weight", HEAD, (V, D), 0))
+    return tuple(table)
+
+
+def hf_tensors(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """HF name -> full shape, for every tensor that a file of this model has."""
+    return {name: shape for weight in weight_table(model) for name, shape in weight.tensors}
+
+
+# --- what files hold <-> HF form
+
+
+def read(weight: Weight, get_tensor: GetTensor) -> Tensor:
+    """The full HF tensor of a weight from what files hold of it. Raises UserError naming a tensor of the
+    wrong shape."""
+    found = []
+    for name, shape in weight.tensors:
+        tensor = get_tensor(name)
+        if tuple(tensor.shape) != shape:
+            raise UserError(f"{name}: shape {list(tensor.shape)}, expected {list(shape)}")
+        found.append(tensor)
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def parts(weight: Weight, hf_tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """(name, tensor) of what files hold of a full HF tensor: views of its rows."""
+    rows = [shape[0] for _, shape in weight.tensors]
+    return [(name, part) for (name, _), part in zip(weight.tensors, hf_tensor.split(rows), strict=True)]
 
 
 # --- HF form <-> megatron-core form
@@ -210,6 +227,8 @@ def local_weights(
     The global layer of a local layer is its `layer_number - 1`, so it holds for any pipeline layout.
     """
     by_mcore_name = {w.mcore: w for w in weight_table(model_cfg)}
+    if model_cfg.tie_embeddings:  # a last stage without the embedding holds a copy of it
+        by_mcore_name[HEAD] = by_mcore_name[EMBEDDING]
     for chunk in chunks:
         model = unwrap(chunk)
         layers = model.get_submodule("decoder.layers")
@@ -233,15 +252,12 @@ def load_weights(
 ) -> None:
     """Fill the parameters of this rank's model chunks from full HF tensors, one tensor at a time.
 
-    `get_tensor(hf_name)` is called once per local parameter and returns the full HF tensor of any float
-    dtype; values are cast to the parameter's. Raises UserError naming a tensor of the wrong shape.
+    `get_tensor(name)` returns a full tensor of any float dtype; values are cast to the parameter's. Raises
+    UserError naming a tensor of the wrong shape.
     """
     filled: set[str] = set()
     for weight, parameter in local_weights(chunks, model_cfg):
-        tensor = get_tensor(weight.hf)
-        if tuple(tensor.shape) != weight.shape:
-            raise UserError(f"{weight.hf}: shape {list(tensor.shape)}, expected {list(weight.shape)}")
-        local = shard(weight, to_mcore(weight, tensor), tp_rank, tp)
+        local = shard(weight, to_mcore(weight, read(weight, get_tensor)), tp_rank, tp)
         assert parameter.shape == local.shape, f"{weight.mcore}: {parameter.shape} is not {local.shape}"
         assert weight.hf not in filled, f"{weight.hf} is held twice by the chunks of one rank"
         parameter.copy_(local)
@@ -252,7 +268,7 @@ def load_weights(
 
 
 def random_weights(model_cfg: ModelConfig, seed: int) -> GetTensor:
-    """HF name -> full random fp32 HF tensor, a pure function of (seed, name): the same in every layout.
+    """Name in a file -> full random fp32 tensor, a pure function of (seed, name): the same in every layout.
 
     `model_cfg.init_scheme` "normal": std `init_std` for every matrix, `o_proj` and `down_proj` divided by
     sqrt(2 num_layers) (they are summed 2 num_layers times into the residual stream). "fan_in": embedding and

@@ -17,6 +17,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from phi4r_kernels.linear_loss import Elementwise, LossSpec
 from torch import Tensor
 
+from phi4r.families.rotary import Rotary
 from phi4r.parallel import zigzag
 
 if TYPE_CHECKING:
@@ -152,13 +153,27 @@ class PackedContext(PackedSeqParams):
             )  # fmt: skip
         return self._plan
 
-    def rotary(self, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-        """cos and sin, fp32 [T local, head_dim], of the NeoX half-rotation; made once per row."""
+    def rotary(self, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """cos and sin, fp32 [T local, rotary.dim], of the NeoX half-rotation; made once per row."""
         if self._rotary is None:
-            exponent = (
-                torch.arange(0, head_dim, 2, dtype=torch.float32, device=self.position_ids.device) / head_dim
-            )
-            angle = self.position_ids.float()[:, None] * (1.0 / theta**exponent)[None]
+            dim, device = rotary.dim, self.position_ids.device
+            wavelengths = rotary.theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+
+            def angles(factors: tuple[float, ...]) -> Tensor:
+                scaled = wavelengths * torch.tensor(factors, device=device) if factors else wavelengths
+                return self.position_ids.float()[:, None] * (1.0 / scaled)[None]
+
+            angle = angles(rotary.short)
+            if rotary.switches:
+                angle = angles(rotary.long).where(self._lengths()[:, None] > rotary.switch, angle)
             angle = torch.cat([angle, angle], dim=-1)
-            self._rotary = (angle.cos(), angle.sin())
+            self._rotary = (angle.cos() * rotary.scale, angle.sin() * rotary.scale)
         return self._rotary
+
+    def _lengths(self) -> Tensor:
+        """int64 [T local]: tokens of each local token's document, so far where it is being decoded."""
+        if self.kv_cache is not None and self.kv_cache.decoding:
+            return self.position_ids + 1
+        bounds = self.cu_seqlens_q.long()
+        query = self.query_index().to(bounds.device)
+        return bounds.diff()[torch.searchsorted(bounds[1:].contiguous(), query, right=True)]

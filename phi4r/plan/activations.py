@@ -17,6 +17,7 @@ from typing import Literal
 
 from phi4r.configs.sections import ModelConfig, ParallelConfig, TrainConfig
 from phi4r.configs.stages import stage_layers
+from phi4r.families.sizes import LayerSizes
 from phi4r.plan.states import BYTES, FP32
 
 DENSE_MASK_TOKENS = 512
@@ -69,9 +70,8 @@ class Activations:
         self.tokens = row_tokens // parallel.cp
         self.residual_tokens = self.tokens // parallel.tp if parallel.sp else self.tokens
         self.width = BYTES[model.dtype]
-        self.q = model.num_attention_heads * model.head_dim // parallel.tp
-        self.kv = model.num_query_groups * model.head_dim // parallel.tp
-        self.ffn = model.ffn_hidden_size // parallel.tp
+        self.sizes = LayerSizes.of(model, parallel.tp)
+        self.q, self.kv, self.ffn = self.sizes.q, self.sizes.kv, self.sizes.ffn
 
     @property
     def hidden_bytes(self) -> int:
@@ -79,14 +79,25 @@ class Activations:
         return self.residual_tokens * self.model.hidden_size * self.width
 
     def _norm(self) -> int:
-        values = self.residual_tokens * self.model.hidden_size
+        return self._normed(self.residual_tokens, self.model.hidden_size)
+
+    def _normed(self, rows: int, width: int) -> int:
+        """What a norm of `rows` vectors saves."""
+        values = rows * width
         saved = 2 * FP32 * values if self.kernels.norm == "composite" else self.width * values
-        return saved + FP32 * self.residual_tokens
+        return saved + FP32 * rows
+
+    def _head_norms(self) -> int:
+        """Norms of queries and keys, where the family has them."""
+        if not self.sizes.qk_norm:
+            return 0
+        head_dim = self.sizes.head_dim
+        return self._normed(self.tokens * (self.q + self.kv) // head_dim, head_dim)
 
     def core_attention(self) -> int:
         """What attention itself saves, apart from the output that the next product keeps anyway."""
         t, row, width, kernel = self.tokens, self.row, self.width, self.kernels.attention
-        heads = self.model.num_attention_heads // self.parallel.tp
+        heads = self.sizes.num_heads
         if kernel == "written_out":
             return FP32 * (2 * row * self.q + t * self.q + heads * t * row) + t * row
         if self.parallel.cp > 1:
@@ -124,7 +135,8 @@ class Activations:
         return self._norm() + self.hidden_bytes + 5 * self.tokens * self.ffn * self.width
 
     def _around_attention(self) -> int:
-        return self._norm() + self.hidden_bytes + self.tokens * self.q * self.width + self._mlp()
+        projections = self._norm() + self.hidden_bytes + self.tokens * self.q * self.width
+        return projections + self._head_norms() + self._mlp()
 
     def kept_layer(self) -> int:
         """What a layer keeps until its backward, under the run's recomputation."""
@@ -149,7 +161,7 @@ class Activations:
 
     def rotary(self) -> int:
         """cos and sin of a row's positions, made once for all layers of a stage."""
-        return 2 * FP32 * self.tokens * self.model.head_dim
+        return 2 * FP32 * self.tokens * self.model.rotary.dim
 
     def head(self) -> int:
         """Final norm, and what the loss keeps per target: its hidden state, label and statistics. Every token

@@ -4,9 +4,7 @@ Nothing here was fitted to a run: rates are those of `hardware`, volumes follow 
 is what megatron-core overlaps with `parallel.overlap`. Read the result as what good hardware can give, and
 measure.
 
-    model FLOPs per token = 6 x weights of all matrix products + 6 N H d L     d  tokens of its document,
-                                                             L layers, N H query width; recomputation counts 0
-    MFU = model FLOPs / (step time x GPUs x peak of the data sheet)
+    MFU = model FLOPs (`phi4r.families.sizes`) / (step time x GPUs x peak of the data sheet)
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from phi4r.configs.stages import RLConfig, SFTConfig, stage_layers
+from phi4r.families.sizes import LayerSizes, training_flops
 from phi4r.plan.activations import Activations
 from phi4r.plan.hardware import NETWORK_GB_S, NVLINK_GB_S, PRODUCT_EFFICIENCY, Rates
 from phi4r.plan.memory import num_microbatches, row_tokens
@@ -70,20 +69,9 @@ class StepTime:
         return self.total - self.generation
 
 
-def matrix_weights(config: SFTConfig | RLConfig) -> int:
-    """Weights of one layer's matrix products."""
-    m = config.model
-    q, kv = m.num_attention_heads * m.head_dim, m.num_query_groups * m.head_dim
-    return m.hidden_size * (2 * q + 2 * kv + 3 * m.ffn_hidden_size)
-
-
 def model_flops_per_token(config: SFTConfig | RLConfig, document_tokens: float) -> float:
-    """Forward and backward FLOPs per token, attention counted inside its document, no credit for
-    recomputation. Phi-4: 84.9e9 + 1.23e6 d."""
-    m = config.model
-    linear = m.num_layers * matrix_weights(config) + m.vocab_size * m.hidden_size
-    attention = m.num_layers * 2 * m.num_attention_heads * m.head_dim * document_tokens  # 4 N H d / 2
-    return 6.0 * linear + 3.0 * attention
+    """Forward and backward FLOPs per token of documents of `document_tokens`."""
+    return training_flops(config.model, 1, document_tokens)
 
 
 def tokens_per_step(config: SFTConfig | RLConfig, work: Work) -> float:
@@ -111,8 +99,8 @@ def step_time(config: SFTConfig | RLConfig, rates: Rates, gpus_per_node: int, wo
 
     gemm = rates.gemm.value * 1e12 * PRODUCT_EFFICIENCY
     copy = rates.copy.value * 1e9
-    products = 2 * t * matrix_weights(config) / p.tp / gemm
-    attention = 2 * model.num_attention_heads * model.head_dim * document * t / p.tp
+    products = 2 * t * LayerSizes.of(model).matrices / p.tp / gemm
+    attention = LayerSizes.of(model).attention_flops(t, document) / p.tp
     forward_attention = attention / (rates.attention_forward.value * 1e12)
     backward_attention = BACKWARD_ATTENTION * attention / (rates.attention_backward.value * 1e12)
     moved = 2 * kept.layer() / copy  # written once, read once
@@ -193,7 +181,7 @@ def _generation(config: RLConfig, rates: Rates, work: Work) -> float:
     slots = min(rollout.num_slots, samples)
     steps = max(float(rollout.max_new_tokens), samples * work.response_tokens / slots)
     weights = model.num_parameters * width / p.tp
-    per_token = 2 * model.num_query_groups * model.head_dim * width * model.num_layers / p.tp
+    per_token = LayerSizes.of(model).cached_values * width * model.num_layers / p.tp
     keys = slots * (work.response_tokens / 2) * per_token
     step = (weights + keys) / (rates.copy.value * 1e9) + DECODE_LAYER_S * model.num_layers
     return steps * step

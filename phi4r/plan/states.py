@@ -18,6 +18,7 @@ from functools import lru_cache
 
 from phi4r.configs.sections import ModelConfig, OptimizerConfig, ParallelConfig
 from phi4r.configs.stages import stage_layers, vocab_rows
+from phi4r.families.sizes import LayerSizes
 
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2}
 """Bytes of one value of `model.dtype`. Gradients and optimizer state are fp32, or fp64 with an fp64 model."""
@@ -42,22 +43,17 @@ class States:
         return self.parameters + self.gradients + self.optimizer
 
 
-def layer_weights(model: ModelConfig, tp: int) -> list[int]:
-    """numel of one layer's parameters, in megatron-core's order: norm, output projection, QKV, norm, gate and
-    up, down."""
-    hidden, ffn = model.hidden_size, model.ffn_hidden_size // tp
-    q = model.num_attention_heads * model.head_dim // tp
-    kv = model.num_query_groups * model.head_dim // tp
-    return [hidden, q * hidden, (q + 2 * kv) * hidden, hidden, 2 * ffn * hidden, ffn * hidden]
-
-
 def chunk_weights(model: ModelConfig, tp: int, num_layers: int, *, first: bool, last: bool) -> list[int]:
     """numel of the parameters of a model chunk of `num_layers` layers; `first` has the embedding, `last` the
-    final norm and the head."""
+    final norm and the head, which is a second copy of a tied embedding where that is on another rank."""
     table = vocab_rows(model.vocab_size, tp) * model.hidden_size
     weights = [table] if first else []
-    weights += layer_weights(model, tp) * num_layers
-    return weights + ([model.hidden_size, table] if last else [])
+    weights += LayerSizes.of(model, tp).parameters * num_layers
+    if last:
+        weights.append(model.hidden_size)
+    if last and not (first and model.tie_embeddings):
+        weights.append(table)
+    return weights
 
 
 def rank_chunks(model: ModelConfig, parallel: ParallelConfig, pp_rank: int) -> list[list[int]]:
@@ -107,19 +103,25 @@ class Buffer:
         return total
 
 
-def lay_out(weights: list[int], shards: int, bucket_size: int | None) -> Buffer:
-    """The buffer of a chunk under the distributed optimizer. Parameters are placed in reverse order; a bucket
-    ends with the parameter that fills `bucket_size` (None: one bucket)."""
+def lay_out(weights: list[int], shards: int, bucket_size: int | None, alone: int | None = None) -> Buffer:
+    """The buffer of a chunk under the distributed optimizer. Parameters are placed in reverse order; a
+    bucket ends with the parameter that fills `bucket_size` (None: one bucket). alone: index of the parameter
+    that has a bucket to itself, a tied embedding that another stage holds as well."""
     multiple = math.lcm(shards, BUCKET_ALIGNMENT)
     parameters, buckets = [], []
     end = bucket_start = 0
     is_open = False
-    for numel in reversed(weights):
+    for index in reversed(range(len(weights))):
+        numel, is_alone = weights[index], index == alone
+        if is_alone and is_open:
+            end = _ceil(end, multiple)
+            buckets.append((bucket_start, end))
+            bucket_start = end
         start = _ceil(end, PARAM_ALIGNMENT)
         end = start + numel
         parameters.append((start, end))
         is_open = True
-        if bucket_size is not None and end - bucket_start >= bucket_size:
+        if is_alone or (bucket_size is not None and end - bucket_start >= bucket_size):
             end = _ceil(end, multiple)
             buckets.append((bucket_start, end))
             bucket_start, is_open = end, False
@@ -134,6 +136,17 @@ def bytes_per_element(model: ModelConfig, optimizer: OptimizerConfig) -> int:
     width = BYTES[model.dtype]
     moment = BYTES["bf16"] if optimizer.moments == "bf16" else max(width, FP32)
     return 2 * moment + (FP32 if width < FP32 else 0)
+
+
+def _shared(model: ModelConfig, parallel: ParallelConfig, pp_rank: int, stage: int, count: int) -> int | None:
+    """Index in a chunk's `count` weights of the tied embedding that two stages hold: first on the first,
+    last on the last."""
+    if not model.tie_embeddings or parallel.pp == 1:
+        return None
+    if pp_rank == 0 and stage == 0:
+        return 0
+    is_last = pp_rank == parallel.pp - 1 and stage == parallel.vpp - 1
+    return count - 1 if is_last else None
 
 
 @lru_cache(maxsize=4096)
@@ -152,7 +165,7 @@ def rank_elements(
         # Only the first chunk of the first stage overlaps its reduction bucket by bucket.
         bucketed = parallel.overlap and pp_rank == 0 and stage == 0
         size = max(MIN_BUCKET, BUCKET_PER_SHARD * shards) if bucketed else None
-        buffer = lay_out(weights, shards, size)
+        buffer = lay_out(weights, shards, size, _shared(model, parallel, pp_rank, stage, len(weights)))
         numel += buffer.numel
         owned += buffer.owned(shards, shard)
     return numel, owned

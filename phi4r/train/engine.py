@@ -30,7 +30,7 @@ from torch import Tensor
 from phi4r.configs.sections import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from phi4r.data.balance import my_share
 from phi4r.data.packing import PackedRow
-from phi4r.models.gpt import Phi4Model, build_model
+from phi4r.models.gpt import DecoderModel, build_model
 from phi4r.models.packed import HeadRequest, PackedContext
 from phi4r.parallel import zigzag
 from phi4r.parallel.attempt import beat
@@ -92,7 +92,7 @@ class Engine:
         optimizer: OptimizerConfig | None = None,
     ) -> None:
         self.model_config, self.layout, self.train = model, layout, train
-        self.models: list[Phi4Model] = build_model(model, parallel, train)
+        self.models: list[DecoderModel] = build_model(model, parallel, train)
         for chunk in self.models:
             chunk.to(layout.device)
         self.config = self.models[0].config

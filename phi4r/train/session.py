@@ -14,6 +14,7 @@ from phi4r.configs.sections import InitConfig, ModelConfig, ParallelConfig, Toke
 from phi4r.configs.stages import check_layout
 from phi4r.core.errors import ConfigError, UserError
 from phi4r.data.tokenizer import Tokenizer
+from phi4r.families.model import SHAPE_FIELDS
 from phi4r.models.names import load_weights, random_weights
 from phi4r.parallel.layout import Layout, init_layout
 from phi4r.train.checkpoint import load_model
@@ -21,11 +22,6 @@ from phi4r.train.engine import Engine
 from phi4r.train.folders import read_model_config, tokenizer_folder
 
 VOCAB_MULTIPLE = 64
-# What weights depend on; the rest (RoPE base, context, dtype, backend) a user may change on purpose.
-SHAPE_FIELDS = (
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "head_dim",
-    "rms_norm_eps",
-)  # fmt: skip
 
 
 def open_tokenizer(config: TokenizerConfig, checkpoint: str = "") -> Tokenizer:

@@ -1,10 +1,7 @@
 """Where the time of a step goes, on every rank, and what it is worth: tokens per second, MFU, who is slow.
 
-    model FLOPs = 6 (layers W + V D) tokens + 6 layers (N H) sum over documents of n^2
-
-with W the weights of a layer's matrix products, N H the width of all query heads and n a document's tokens:
-forward and backward, causal attention inside each document, nothing for recomputation, padding or the
-embedding. MFU is that over seconds x ranks x the GPU's dense bf16 peak; it is left out on other devices.
+MFU is model FLOPs (`phi4r.families.sizes`) over seconds x ranks x the GPU's dense bf16 peak; it is left out
+on other devices.
 """
 
 from __future__ import annotations
@@ -20,6 +17,7 @@ import torch.distributed as dist
 
 from phi4r.configs.sections import ModelConfig
 from phi4r.data.packing import PackedRow
+from phi4r.families.sizes import training_flops
 from phi4r.plan.hardware import GPUS
 from phi4r.train.engine import Engine
 
@@ -27,16 +25,13 @@ GIB = 1 << 30
 
 
 def model_flops(model: ModelConfig, rows: Sequence[PackedRow]) -> float:
-    """Forward and backward FLOPs of training on `rows`, by the formula above."""
-    q, kv = model.num_attention_heads * model.head_dim, model.num_query_groups * model.head_dim
-    layer = model.hidden_size * (2 * q + 2 * kv + 3 * model.ffn_hidden_size)
-    linear = model.num_layers * layer + model.vocab_size * model.hidden_size
+    """Forward and backward FLOPs of training on `rows`."""
     tokens = squares = 0
     for row in rows:
         lengths = np.unique(row.doc_index[row.doc_index >= 0], return_counts=True)[1].astype(np.int64)
         tokens += int(lengths.sum())
         squares += int((lengths**2).sum())
-    return 6.0 * linear * tokens + 6.0 * model.num_layers * q * squares
+    return training_flops(model, tokens, squares)
 
 
 def peak_flops(device: torch.device) -> float:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from phi4r.configs.load import all_sections
-from phi4r.configs.model_presets import PRESETS
 from phi4r.configs.schema import check_hint, docs_of, fields_of, reference, sections_of
 from phi4r.configs.sections import (
     DataConfig,
@@ -24,6 +23,7 @@ from phi4r.configs.sections import (
 )
 from phi4r.configs.stages import STAGES, RLConfig, SFTConfig, check_layout, vocab_rows
 from phi4r.core.errors import ConfigError
+from phi4r.families.registry import presets
 
 PHI4 = ModelConfig.from_preset("phi4")
 
@@ -36,7 +36,7 @@ def test_phi4_has_exactly_as_many_parameters_as_published() -> None:
 
 
 def test_the_reasoning_preset_doubles_rope_base_and_context_and_nothing_else() -> None:
-    before, after = PRESETS["phi4"], PRESETS["phi4_reasoning"]
+    before, after = presets()["phi4"], presets()["phi4_reasoning"]
     assert {key: (before[key], after[key]) for key in before if before[key] != after[key]} == {
         "rope_theta": (250_000.0, 500_000.0),
         "max_position_embeddings": (16_384, 32_768),
@@ -44,7 +44,7 @@ def test_the_reasoning_preset_doubles_rope_base_and_context_and_nothing_else() -
 
 
 def test_every_preset_builds_and_changes_win_over_it() -> None:
-    for name in PRESETS:
+    for name in presets():
         assert ModelConfig.from_preset(name).preset == name
     assert ModelConfig.from_preset("tiny", num_layers=6).num_layers == 6
 

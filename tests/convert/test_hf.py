@@ -24,11 +24,11 @@ from transformers.utils import logging as transformers_logging
 from phi4r.configs.sections import ModelConfig
 from phi4r.convert.hf import hf_to_phi4r, main, phi4r_to_hf
 from phi4r.core.errors import UserError
+from phi4r.families.hf_config import hf_config
 from phi4r.models.huggingface import (
     INDEX,
     HFWeights,
     ShardWriter,
-    hf_config,
     plan_shards,
     read_hf_config,
     shard_names,
@@ -267,7 +267,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         edit_config(rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}),
         "RoPE scaling 'longrope'",
     ),
-    "two thetas": (edit_config(rope_theta=1e4), "rope_theta and rope_parameters.rope_theta disagree"),
+    "two thetas": (edit_config(rope_theta=1e4), "rope_theta is given twice: 250000.0 and 10000.0"),
     "partial rotary": (edit_config(partial_rotary_factor=0.75), "partial_rotary_factor 0.75"),
     "sliding window": (
         edit_config(sliding_window=32),
@@ -277,6 +277,24 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "float16": (edit_config(dtype="float16"), "dtype 'float16'"),
     "two reasons at once": (edit_config(tie_word_embeddings=True, sliding_window=1), "; sliding_window 1"),
     "size missing": (edit_config(hidden_size=None), "hidden_size: missing"),
+    "context missing": (
+        edit_config(max_position_embeddings=None, sliding_window=16),
+        "max_position_embeddings: missing",
+    ),
+    "size of another type": (edit_config(hidden_size="32"), "hidden_size '32' is not a whole number above 0"),
+    "bias": (edit_config(attention_bias=True), "attention_bias True is not supported (expected False)"),
+    "dropout": (edit_config(attention_dropout=0.1), "attention_dropout 0.1 is not supported"),
+    "quantized": (edit_config(quantization_config={"bits": 4}), "quantized weights"),
+    "heads that cannot share": (edit_config(num_key_value_heads=3), "4 heads cannot share 3 KV heads"),
+    "unknown key": (
+        edit_config(logits_soft_cap=30.0),
+        "the key 'logits_soft_cap' (30.0) is not known and may change what is computed",
+    ),
+    "RoPE that is no object": (edit_config(rope_scaling="linear"), "RoPE is described by 'linear'"),
+    "unknown key of RoPE": (
+        edit_config(rope_parameters={"rope_theta": 1e4, "factor": 2.0}),
+        "RoPE's factor is not supported",
+    ),
 }
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from phi4r.configs.sections import ModelConfig, ParallelConfig, TrainConfig, VLLMConfig
 from phi4r.core.errors import UserError
-from phi4r.models.names import Weight, random_weights, weight_table
+from phi4r.models.names import hf_tensors, random_weights
 from phi4r.parallel.layout import init_layout
 from phi4r.sampling.vllm import transfer
 from phi4r.sampling.vllm.client import ServerError
@@ -32,11 +32,11 @@ CPU = torch.device("cpu")
 LIMIT_S = 30.0
 
 
-def weights(seed: int = 7) -> Iterator[tuple[Weight, Tensor]]:
+def weights(seed: int = 7) -> Iterator[tuple[str, Tensor]]:
     """All weights of the model, in table order."""
     get_tensor = random_weights(MODEL, seed)
-    for weight in weight_table(MODEL):
-        yield weight, get_tensor(weight.hf)
+    for name in hf_tensors(MODEL):
+        yield name, get_tensor(name)
 
 
 def wires(num_workers: int) -> list[Wire]:
@@ -72,7 +72,7 @@ def receive(wire: Wire, snapshot: Snapshot, which: slice) -> dict[str, Tensor]:
 def test_workers_receive_what_comes_in_while_it_comes_in() -> None:
     snapshot, (trainer, *workers), gate = Snapshot(MODEL), wires(2), threading.Event()
 
-    def held_up() -> Iterator[tuple[Weight, Tensor]]:
+    def held_up() -> Iterator[tuple[str, Tensor]]:
         for number, item in enumerate(weights()):
             if number == 3:
                 assert gate.wait(LIMIT_S)
@@ -91,18 +91,18 @@ def test_workers_receive_what_comes_in_while_it_comes_in() -> None:
         filling.result()
     for found, others in zip(first, rest, strict=True):
         received = found.result() | others.result()
-        for weight, tensor in weights():
-            assert torch.equal(received[weight.hf], tensor), weight.hf
+        for name, tensor in weights():
+            assert torch.equal(received[name], tensor), name
 
 
 def test_a_snapshot_does_not_change_with_the_weights_in_training() -> None:
     snapshot = Snapshot(MODEL)
-    live = {weight: tensor.clone() for weight, tensor in weights()}
+    live = {name: tensor.clone() for name, tensor in weights()}
     snapshot.fill(live.items())
     for tensor in live.values():
         tensor.zero_()
-    for weight, tensor in weights():
-        assert torch.equal(snapshot.get_tensor(weight.hf), tensor), weight.hf
+    for name, tensor in weights():
+        assert torch.equal(snapshot.get_tensor(name), tensor), name
 
 
 def test_a_worker_that_is_gone_is_noticed_at_once() -> None:
@@ -142,7 +142,7 @@ def test_a_worker_that_hangs_is_waited_for_until_the_deadline(monkeypatch: pytes
 
 
 def test_who_reads_a_snapshot_is_told_when_it_ends_early_or_does_not_come() -> None:
-    def broken() -> Iterator[tuple[Weight, Tensor]]:
+    def broken() -> Iterator[tuple[str, Tensor]]:
         yield next(weights())
         raise ValueError("a rank is gone")
 

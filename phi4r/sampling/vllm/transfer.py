@@ -27,7 +27,7 @@ from torch import Tensor
 
 from phi4r.configs.sections import ModelConfig
 from phi4r.convert.live import SERVED
-from phi4r.models.names import Weight, weight_table
+from phi4r.models.names import hf_tensors
 from phi4r.sampling.vllm.client import Client, ServerError
 from phi4r.sampling.vllm.inside.phi4r_wire import Wire, are_here, open_store, own_address
 
@@ -45,18 +45,18 @@ class Snapshot:
 
     def __init__(self, model: ModelConfig) -> None:
         self.dtype = SERVED[model.dtype]
-        self.shapes = {weight.hf: tuple(weight.shape) for weight in weight_table(model)}
+        self.shapes = hf_tensors(model)
         self._tensors: dict[str, Tensor] = {}
         self._changed = threading.Condition()
         self._is_broken = False
 
-    def fill(self, weights: Iterable[tuple[Weight, Tensor]]) -> None:
+    def fill(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Copy all `weights`; who reads is told if they end early."""
         try:
-            for weight, tensor in weights:
+            for name, tensor in weights:
                 copied = tensor.to(self.dtype).clone(memory_format=torch.contiguous_format)
                 with self._changed:
-                    self._tensors[weight.hf] = copied
+                    self._tensors[name] = copied
                     self._changed.notify_all()
             assert list(self._tensors) == list(self.shapes), "not all weights came, or in another order"
         except BaseException:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from phi4r.configs.sections import ModelConfig
-from phi4r.models.names import Weight, weight_table
+from phi4r.models.names import Weight, read, weight_table
 
 EMPTY = hashlib.sha256(b"").hexdigest()
 VOCAB_PADDING = 64
@@ -63,11 +63,11 @@ def split_key(key: str) -> tuple[int, str]:
 
 
 def compare(get_tensor: Callable[[str], Tensor], model: ModelConfig, found: dict[str, str]) -> Comparison:
-    """The digests `found` on a server against the weights that were sent, whole under their HF names."""
+    """The digests `found` on a server against the weights that were sent, whole under the names of a file."""
     tp = 1 + max(split_key(key)[0] for key in found)
     ours: dict[tuple[int, str], str] = {}
     for weight in weight_table(model):
-        tensor = get_tensor(weight.hf)
+        tensor = read(weight, get_tensor)  # servers join what files hold in parts
         for tp_rank in range(tp):
             ours[tp_rank, weight.hf] = digest(served_part(weight, tensor, tp_rank, tp))
     unreadable = [key for key, value in found.items() if value == EMPTY]

@@ -1,4 +1,4 @@
-"""What sections check their own fields with."""
+"""What dataclasses of settings check their own fields with."""
 
 from __future__ import annotations
 

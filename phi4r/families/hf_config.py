@@ -1,0 +1,240 @@
+"""config.json of a Hugging Face folder <-> ModelConfig, by the families' descriptions.
+
+A config is read key by key: numbers become fields, keys that the arithmetic depends on must have a value
+that the family is right for, keys that say nothing about it are passed over, and any other key is refused by
+name. Both spellings of RoPE are read: `rope_theta` and `rope_scaling` beside the other keys (transformers
+4), and the dictionary `rope_parameters` (transformers 5).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from phi4r.core.errors import ConfigError, UserError
+from phi4r.families.family import Family
+from phi4r.families.model import Dtype, ModelConfig
+from phi4r.families.registry import FAMILIES, get_family
+
+NUMBERS = {
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "ffn_hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_query_groups",
+    "head_dim": "head_dim",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_position_embeddings",
+    "rms_norm_eps": "rms_norm_eps",
+    "initializer_range": "init_std",
+}
+"""Key of config.json -> field."""
+
+REQUIRED = (
+    "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size",
+    "max_position_embeddings",
+)  # fmt: skip
+
+ROPE = (
+    "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor",
+    "original_max_position_embeddings",
+)  # fmt: skip
+
+SILENT = (
+    "architectures", "model_type", "auto_map", "transformers_version", "torch_dtype", "dtype", "use_cache",
+    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "_name_or_path",
+    "_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "gradient_checkpointing",
+    "id2label", "label2id", "num_labels", "problem_type", "return_dict", "output_attentions",
+    "output_hidden_states", "tokenizer_class", "finetuning_task", "task_specific_params", "prefix",
+    "pruned_heads", "max_length", "min_length", "do_sample", "temperature", "top_p", "top_k", "is_decoder",
+    "is_encoder_decoder", "chunk_size_feed_forward", "model_name", "_commit_hash",
+)  # fmt: skip
+"""Keys that say nothing about the arithmetic of a forward pass."""
+
+DTYPES: dict[str, Dtype] = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16"}
+"""torch's name of a dtype -> ours."""
+
+
+def candidates(raw: dict[str, Any]) -> list[Family]:
+    """The families whose `architectures` and `model_type` a config has."""
+    architectures, kind = raw.get("architectures") or [], raw.get("model_type")
+    return [
+        family
+        for family in map(get_family, FAMILIES)
+        if architectures in ([], [family.architecture]) and kind in (None, family.model_type)
+    ]
+
+
+def model_config(raw: dict[str, Any], where: str, dtype: Dtype | None = None) -> ModelConfig:
+    """The ModelConfig of a parsed config.json. dtype: that of the weights, for a config that names none.
+
+    The first family that covers the config gets it. Raises UserError, on one line, with every reason why the
+    last candidate does not."""
+    families = candidates(raw)
+    if not families:
+        found = ", ".join(raw.get("architectures") or []) or repr(raw.get("model_type"))
+        known = dict.fromkeys(get_family(name).architecture for name in FAMILIES)
+        raise UserError(f"{where}: is a {found}, expected {' or '.join(known)}")
+    reasons: list[str] = []
+    for name in FAMILIES:
+        family = get_family(name)
+        if family in families:
+            reasons = _reasons_against(family, raw)
+            if not reasons:
+                return _read(name, raw, where, dtype)
+    raise UserError(f"{where}: " + "; ".join(reasons))
+
+
+def _read(name: str, raw: dict[str, Any], where: str, dtype: Dtype | None) -> ModelConfig:
+    family = get_family(name)
+    values = {**family.defaults, **{key: value for key, value in raw.items() if value is not None}}
+    heads = values["num_attention_heads"]
+    values.setdefault("num_key_value_heads", heads)
+    values.setdefault("head_dim", values["hidden_size"] // heads)
+    fields = {field: values[key] for key, field in NUMBERS.items()}
+    named = _dtype_name(raw)
+    fields |= {"dtype": DTYPES[named] if named else dtype, "init_scheme": "normal", "family": name}
+    try:
+        return ModelConfig(**fields, **_rope(family, raw)[0])
+    except ConfigError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+# --- what is refused
+
+
+def _reasons_against(family: Family, raw: dict[str, Any]) -> list[str]:
+    """Why a config is not of a model that the family covers, one reason a difference."""
+    reasons = [*_size_reasons(raw), *_rope(family, raw)[1]]
+    if raw.get("tie_word_embeddings", False) and "tied_embeddings" not in family.options:
+        reasons.append("tied embeddings are not supported")
+    reasons += _window_reasons(raw)
+    for key, allowed in family.fixed.items():
+        if raw.get(key) is not None and raw[key] not in allowed:
+            reasons.append(f"{key} {raw[key]!r} is not supported (expected {allowed[0]!r})")
+    if raw.get("quantization_config") or raw.get("quantization"):
+        reasons.append("quantized weights are not supported")
+    if (named := _dtype_name(raw)) and named not in DTYPES:
+        reasons.append(f"dtype {named!r} is not supported (expected bfloat16, float32 or float64)")
+    known = {*NUMBERS, *ROPE, *SILENT, *family.fixed, *WINDOW, "tie_word_embeddings"}
+    for key, value in raw.items():
+        if key not in known and value not in (None, False, {}, []) and "quantization" not in key:
+            reasons.append(f"the key {key!r} ({_short(value)}) is not known and may change what is computed")
+    return list(dict.fromkeys(reasons))
+
+
+def _size_reasons(raw: dict[str, Any]) -> list[str]:
+    missing = [key for key in REQUIRED if raw.get(key) is None]
+    reasons = [f"{', '.join(missing)}: missing"] if missing else []
+    for key in NUMBERS:
+        value = raw.get(key)
+        is_real = key in ("rms_norm_eps", "initializer_range")
+        kinds = (int, float) if is_real else (int,)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kinds) or value <= 0):
+            what = "number" if is_real else "whole number"
+            reasons.append(f"{key} {value!r} is not a {what} above 0")
+    return reasons
+
+
+WINDOW = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+
+
+def _window_reasons(raw: dict[str, Any]) -> list[str]:
+    """A window counts where it is shorter than the context, unless `use_sliding_window` says that it is
+    off."""
+    reasons = []
+    window, positions = raw.get("sliding_window"), raw.get("max_position_embeddings")
+    is_short = not isinstance(window, int) or not isinstance(positions, int) or window < positions
+    if window is not None and raw.get("use_sliding_window", True) and is_short:
+        reasons.append(f"sliding_window {window} is smaller than max_position_embeddings {positions}")
+    kinds = set(raw.get("layer_types") or []) - {"full_attention"}
+    if kinds:
+        reasons.append(f"layer_types {', '.join(sorted(map(str, kinds)))} is not supported")
+    return reasons
+
+
+def _rope(family: Family, raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """(fields of ModelConfig, reasons why the family has no such RoPE)."""
+    sections = [raw.get("rope_parameters"), raw.get("rope_scaling")]
+    reasons = [
+        f"RoPE is described by {_short(section)}, expected an object"
+        for section in sections
+        if section is not None and not isinstance(section, dict)
+    ]
+    given = [section for section in sections if isinstance(section, dict)]
+    own = {key: raw[key] for key in ("rope_theta", "partial_rotary_factor") if raw.get(key) is not None}
+    merged: dict[str, Any] = {}
+    for section in (*given, own):
+        for key, value in section.items():
+            key = "rope_type" if key == "type" else key
+            if value is None:
+                continue
+            if key in merged and merged[key] != value:
+                reasons.append(f"{key} is given twice: {_short(merged[key])} and {_short(value)}")
+            merged[key] = value
+    kind = merged.pop("rope_type", "default")
+    theta = merged.pop("rope_theta", family.defaults["rope_theta"])
+    fraction = merged.pop("partial_rotary_factor", 1.0)
+    merged.pop("original_max_position_embeddings", None)
+    if kind != "default":
+        reasons.append(f"RoPE scaling {kind!r} is not supported")
+    elif merged:
+        reasons.append(f"RoPE's {', '.join(merged)} is not supported")
+    if fraction not in (1, 1.0):
+        reasons.append(f"partial_rotary_factor {fraction} is not supported (expected 1.0)")
+    return {"rope_theta": float(theta)}, reasons
+
+
+def _dtype_name(raw: dict[str, Any]) -> str:
+    return str(raw.get("dtype") or raw.get("torch_dtype") or "").removeprefix("torch.")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# --- the way back
+
+
+def hf_config(
+    model: ModelConfig, base: dict[str, Any], eos_ids: tuple[int, ...], pad_id: int | None
+) -> dict[str, Any]:
+    """The config.json of `model`. `base`: the config it was converted from, for keys that are not ours ({} if
+    none).
+    """
+    family = model.description
+    own: dict[str, Any] = {key: getattr(model, field) for key, field in NUMBERS.items()}
+    if model.head_dim * model.num_attention_heads == model.hidden_size and "head_dim" not in family.defaults:
+        del own["head_dim"]
+    own |= {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "hidden_act": "silu",
+        "tie_word_embeddings": model.tie_embeddings,
+        "sliding_window": None,
+        "attention_bias": False,
+        "torch_dtype": next(theirs for theirs, ours in DTYPES.items() if ours == model.dtype),
+        **_rope_keys(model),
+    }
+    ids: dict[str, Any] = {
+        "bos_token_id": None,
+        "eos_token_id": eos_ids[0] if eos_ids else None,
+        "pad_token_id": pad_id,
+    }
+    defaults = {"attention_dropout": 0.0, "use_cache": True, **family.written}
+    rest = {key: value for key, value in base.items() if key not in ("dtype", "head_dim")}
+    return {**defaults, **ids, **rest, **own}
+
+
+def _rope_keys(model: ModelConfig) -> dict[str, Any]:
+    """RoPE in both spellings: transformers 4 reads `rope_theta` and `rope_scaling`, 5 `rope_parameters`."""
+    return {
+        "original_max_position_embeddings": model.max_position_embeddings,
+        "rope_theta": model.rope_theta,
+        "rope_scaling": None,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": model.rope_theta,
+            "partial_rotary_factor": 1.0,
+        },
+    }
