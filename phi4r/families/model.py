@@ -9,8 +9,8 @@ from phi4r.core.checks import at_least, positive, require
 from phi4r.core.errors import ConfigError
 from phi4r.families.family import Family
 from phi4r.families.registry import get_family, presets
-from phi4r.families.rotary import Rotary
-from phi4r.families.sizes import num_parameters
+from phi4r.families.rotary import Rotary, parse_factors
+from phi4r.families.sizes import LayerSizes
 
 Dtype = Literal["fp64", "fp32", "bf16"]
 
@@ -111,7 +111,7 @@ class ModelConfig:
 
     def _check_family(self) -> None:
         """Refuse what the family's models do not have."""
-        options, rotary = self.description.options, Rotary.of(self)
+        options, rotary = self.description.options, self.rotary
         require(
             rotary.dim % 2 == 0 and 0 < rotary.dim <= self.head_dim,
             "model.rotary_fraction",
@@ -148,8 +148,38 @@ class ModelConfig:
 
     @property
     def rotary(self) -> Rotary:
-        """Its RoPE."""
-        return Rotary.of(self)
+        """Its RoPE. Raises ConfigError for factors that do not fit."""
+        dim = int(self.head_dim * self.rotary_fraction)
+        short = parse_factors("model.rope_short_factors", self.rope_short_factors, dim)
+        long = parse_factors("model.rope_long_factors", self.rope_long_factors, dim)
+        original = self.original_max_position_embeddings
+        require(
+            bool(short) == bool(long) == bool(original),
+            "model.original_max_position_embeddings",
+            "longrope needs it together with rope_short_factors and rope_long_factors",
+        )
+        if not short:
+            return Rotary(dim, self.rope_theta)
+        return Rotary.longrope(dim, self.rope_theta, short, long, original, self.max_position_embeddings)
+
+    def layer_sizes(self, tp: int = 1) -> LayerSizes:
+        """Widths of its layers on one of `tp` tensor-parallel ranks."""
+        return LayerSizes(
+            hidden=self.hidden_size,
+            q=self.num_attention_heads * self.head_dim // tp,
+            kv=self.num_query_groups * self.head_dim // tp,
+            ffn=self.ffn_hidden_size // tp,
+            num_heads=self.num_attention_heads // tp,
+            head_dim=self.head_dim,
+            qk_norm=self.description.qk_norm,
+        )
+
+    def training_flops(self, num_tokens: float, sum_of_squares: float) -> float:
+        """Model FLOPs (see `phi4r.families.sizes`) of training on documents of `num_tokens` tokens together,
+        the squares of whose lengths add up to `sum_of_squares`."""
+        layer = self.layer_sizes()
+        linear = self.num_layers * layer.matrices + self.vocab_size * self.hidden_size
+        return 6.0 * linear * num_tokens + 6.0 * self.num_layers * layer.q * sum_of_squares
 
     @property
     def num_parameters(self) -> int:
@@ -160,4 +190,6 @@ class ModelConfig:
             "model.vocab_size",
             "is 0 (taken from the tokenizer), so the size is not known yet",
         )
-        return num_parameters(self)
+        tables = 1 if self.tie_embeddings else 2
+        layers = self.num_layers * sum(self.layer_sizes().parameters)
+        return layers + self.hidden_size + tables * self.vocab_size * self.hidden_size

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from phi4r.core.errors import ConfigError
+from phi4r.core.registry import resolve
+from phi4r.families.family import Family
 
-if TYPE_CHECKING:
-    from phi4r.families.family import Family
-
-FAMILIES = {
+FAMILIES: dict[str, Family | str] = {
     "phi4": "phi4r.families.phi4:PHI4",
 }
 """Name -> import path. A Hugging Face folder is given to the first family that covers its config."""
@@ -20,11 +17,14 @@ FAMILIES = {
 
 @functools.cache
 def get_family(name: str) -> Family:
-    """The family registered as `name`. Raises ConfigError for another name."""
-    if name not in FAMILIES:
-        raise ConfigError("model.family", f"unknown family {name!r}; known: {', '.join(FAMILIES)}")
-    module, _, attribute = FAMILIES[name].partition(":")
-    found: Family = getattr(importlib.import_module(module), attribute)
+    """The family of that registered name or import path, `package.module:name`. Raises ConfigError where
+    there is none."""
+    return resolve("family", name, FAMILIES, key="model.family", fit=_fit)
+
+
+def _fit(found: Any) -> Family:
+    if not isinstance(found, Family):
+        raise TypeError(f"expected a phi4r.families.family.Family, got {type(found).__name__}")
     return found
 
 

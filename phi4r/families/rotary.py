@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from phi4r.core.checks import require
 from phi4r.core.errors import ConfigError
-
-if TYPE_CHECKING:
-    from phi4r.families.model import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -32,32 +28,30 @@ class Rotary:
         return self.short != self.long
 
     @classmethod
-    def of(cls, model: ModelConfig) -> Rotary:
-        """The RoPE of `model`. Raises ConfigError for factors that do not fit."""
-        dim = int(model.head_dim * model.rotary_fraction)
-        short = _factors("rope_short_factors", model.rope_short_factors, dim)
-        long = _factors("rope_long_factors", model.rope_long_factors, dim)
-        require(
-            bool(short) == bool(long) == bool(model.original_max_position_embeddings),
-            "model.original_max_position_embeddings",
-            "longrope needs it together with rope_short_factors and rope_long_factors",
-        )
-        if not short:
-            return cls(dim, model.rope_theta)
-        original = model.original_max_position_embeddings
-        ratio = model.max_position_embeddings / original
+    def longrope(
+        cls,
+        dim: int,
+        theta: float,
+        short: tuple[float, ...],
+        long: tuple[float, ...],
+        original: int,
+        longest: int,
+    ) -> Rotary:
+        """For a model that was trained on `original` tokens and then extended to `longest`."""
+        ratio = longest / original
         scale = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
-        return cls(dim, model.rope_theta, short, long, original, scale)
+        return cls(dim, theta, short, long, original, scale)
 
 
-def _factors(name: str, text: str, dim: int) -> tuple[float, ...]:
+def parse_factors(key: str, text: str, dim: int) -> tuple[float, ...]:
+    """The factors that the setting `key` means: half of `dim`, or (). Raises ConfigError."""
     try:
         factors = tuple(float(word) for word in text.split(",")) if text else ()
     except ValueError:
-        raise ConfigError(f"model.{name}", f"expected numbers with commas between, got {text!r}") from None
+        raise ConfigError(key, f"expected numbers with commas between, got {text!r}") from None
     require(
         len(factors) in (0, dim // 2) and all(math.isfinite(f) and f > 0 for f in factors),
-        f"model.{name}",
+        key,
         f"expected {dim // 2} numbers above 0 (half of the {dim} values that turn), got {len(factors)}",
     )
     return factors

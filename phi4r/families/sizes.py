@@ -12,10 +12,6 @@ the embedding.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from phi4r.families.model import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -33,19 +29,6 @@ class LayerSizes:
     head_dim: int
     qk_norm: bool
     """Whether queries and keys pass a norm of width head_dim."""
-
-    @classmethod
-    def of(cls, model: ModelConfig, tp: int = 1) -> LayerSizes:
-        """The layers of `model` on one of `tp` ranks."""
-        return cls(
-            hidden=model.hidden_size,
-            q=model.num_attention_heads * model.head_dim // tp,
-            kv=model.num_query_groups * model.head_dim // tp,
-            ffn=model.ffn_hidden_size // tp,
-            num_heads=model.num_attention_heads // tp,
-            head_dim=model.head_dim,
-            qk_norm=model.description.qk_norm,
-        )
 
     @property
     def matrices(self) -> int:
@@ -69,18 +52,3 @@ class LayerSizes:
     def attention_flops(self, num_tokens: float, document_tokens: float) -> float:
         """Forward FLOPs of causal attention of `num_tokens` tokens in documents of `document_tokens`."""
         return 2 * self.q * document_tokens * num_tokens
-
-
-def num_parameters(model: ModelConfig) -> int:
-    """Exact number of weights; tied embeddings count once. `model.vocab_size` must be known."""
-    tables = 1 if model.tie_embeddings else 2
-    layers = model.num_layers * sum(LayerSizes.of(model).parameters)
-    return layers + model.hidden_size + tables * model.vocab_size * model.hidden_size
-
-
-def training_flops(model: ModelConfig, num_tokens: float, sum_of_squares: float) -> float:
-    """Model FLOPs, by the formula above, of training on documents of `num_tokens` tokens together, the
-    squares of whose lengths add up to `sum_of_squares`. Phi-4: 84.9e9 a token and 1.23e6 a square."""
-    sizes = LayerSizes.of(model)
-    linear = model.num_layers * sizes.matrices + model.vocab_size * model.hidden_size
-    return 6.0 * linear * num_tokens + 6.0 * model.num_layers * sizes.q * sum_of_squares

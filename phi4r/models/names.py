@@ -27,7 +27,6 @@ from phi4r.configs.stages import vocab_rows
 from phi4r.core.errors import UserError
 from phi4r.families.family import Kind, LayerTensor
 from phi4r.families.model import ModelConfig
-from phi4r.families.sizes import LayerSizes
 
 GetTensor = Callable[[str], Tensor]
 """Name of a tensor in a Hugging Face file -> the full tensor."""
@@ -60,7 +59,7 @@ class Weight:
 
 
 def _layer_weight(model: ModelConfig, tensor: LayerTensor, layer: int) -> Weight:
-    sizes = LayerSizes.of(model)
+    sizes = model.layer_sizes()
     D, F, H = sizes.hidden, sizes.ffn, sizes.head_dim
     rows = {"qkv": (sizes.q, sizes.kv, sizes.kv), "gate_up": (F, F)}.get(tensor.kind, ())
     shapes: dict[str, tuple[int, ...]] = {

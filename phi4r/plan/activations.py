@@ -17,7 +17,6 @@ from typing import Literal
 
 from phi4r.configs.sections import ModelConfig, ParallelConfig, TrainConfig
 from phi4r.configs.stages import stage_layers
-from phi4r.families.sizes import LayerSizes
 from phi4r.plan.states import BYTES, FP32
 
 DENSE_MASK_TOKENS = 512
@@ -70,7 +69,7 @@ class Activations:
         self.tokens = row_tokens // parallel.cp
         self.residual_tokens = self.tokens // parallel.tp if parallel.sp else self.tokens
         self.width = BYTES[model.dtype]
-        self.sizes = LayerSizes.of(model, parallel.tp)
+        self.sizes = model.layer_sizes(parallel.tp)
         self.q, self.kv, self.ffn = self.sizes.q, self.sizes.kv, self.sizes.ffn
 
     @property

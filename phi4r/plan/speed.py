@@ -4,7 +4,7 @@ Nothing here was fitted to a run: rates are those of `hardware`, volumes follow 
 is what megatron-core overlaps with `parallel.overlap`. Read the result as what good hardware can give, and
 measure.
 
-    MFU = model FLOPs (`phi4r.families.sizes`) / (step time x GPUs x peak of the data sheet)
+    MFU = model FLOPs (`ModelConfig.training_flops`) / (step time x GPUs x peak of the data sheet)
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from phi4r.configs.stages import RLConfig, SFTConfig, stage_layers
-from phi4r.families.sizes import LayerSizes, training_flops
 from phi4r.plan.activations import Activations
 from phi4r.plan.hardware import NETWORK_GB_S, NVLINK_GB_S, PRODUCT_EFFICIENCY, Rates
 from phi4r.plan.memory import num_microbatches, row_tokens
@@ -71,7 +70,7 @@ class StepTime:
 
 def model_flops_per_token(config: SFTConfig | RLConfig, document_tokens: float) -> float:
     """Forward and backward FLOPs per token of documents of `document_tokens`."""
-    return training_flops(config.model, 1, document_tokens)
+    return config.model.training_flops(1, document_tokens)
 
 
 def tokens_per_step(config: SFTConfig | RLConfig, work: Work) -> float:
@@ -99,8 +98,8 @@ def step_time(config: SFTConfig | RLConfig, rates: Rates, gpus_per_node: int, wo
 
     gemm = rates.gemm.value * 1e12 * PRODUCT_EFFICIENCY
     copy = rates.copy.value * 1e9
-    products = 2 * t * LayerSizes.of(model).matrices / p.tp / gemm
-    attention = LayerSizes.of(model).attention_flops(t, document) / p.tp
+    products = 2 * t * model.layer_sizes().matrices / p.tp / gemm
+    attention = model.layer_sizes().attention_flops(t, document) / p.tp
     forward_attention = attention / (rates.attention_forward.value * 1e12)
     backward_attention = BACKWARD_ATTENTION * attention / (rates.attention_backward.value * 1e12)
     moved = 2 * kept.layer() / copy  # written once, read once
@@ -181,7 +180,7 @@ def _generation(config: RLConfig, rates: Rates, work: Work) -> float:
     slots = min(rollout.num_slots, samples)
     steps = max(float(rollout.max_new_tokens), samples * work.response_tokens / slots)
     weights = model.num_parameters * width / p.tp
-    per_token = LayerSizes.of(model).cached_values * width * model.num_layers / p.tp
+    per_token = model.layer_sizes().cached_values * width * model.num_layers / p.tp
     keys = slots * (work.response_tokens / 2) * per_token
     step = (weights + keys) / (rates.copy.value * 1e9) + DECODE_LAYER_S * model.num_layers
     return steps * step

@@ -18,7 +18,6 @@ from functools import lru_cache
 
 from phi4r.configs.sections import ModelConfig, OptimizerConfig, ParallelConfig
 from phi4r.configs.stages import stage_layers, vocab_rows
-from phi4r.families.sizes import LayerSizes
 
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2}
 """Bytes of one value of `model.dtype`. Gradients and optimizer state are fp32, or fp64 with an fp64 model."""
@@ -48,7 +47,7 @@ def chunk_weights(model: ModelConfig, tp: int, num_layers: int, *, first: bool, 
     final norm and the head, which is a second copy of a tied embedding where that is on another rank."""
     table = vocab_rows(model.vocab_size, tp) * model.hidden_size
     weights = [table] if first else []
-    weights += LayerSizes.of(model, tp).parameters * num_layers
+    weights += model.layer_sizes(tp).parameters * num_layers
     if last:
         weights.append(model.hidden_size)
     if last and not (first and model.tie_embeddings):

@@ -1,7 +1,7 @@
 """Where the time of a step goes, on every rank, and what it is worth: tokens per second, MFU, who is slow.
 
-MFU is model FLOPs (`phi4r.families.sizes`) over seconds x ranks x the GPU's dense bf16 peak; it is left out
-on other devices.
+MFU is model FLOPs (`ModelConfig.training_flops`) over seconds x ranks x the GPU's dense bf16 peak; it is
+left out on other devices.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import torch.distributed as dist
 
 from phi4r.configs.sections import ModelConfig
 from phi4r.data.packing import PackedRow
-from phi4r.families.sizes import training_flops
 from phi4r.plan.hardware import GPUS
 from phi4r.train.engine import Engine
 
@@ -31,7 +30,7 @@ def model_flops(model: ModelConfig, rows: Sequence[PackedRow]) -> float:
         lengths = np.unique(row.doc_index[row.doc_index >= 0], return_counts=True)[1].astype(np.int64)
         tokens += int(lengths.sum())
         squares += int((lengths**2).sum())
-    return training_flops(model, tokens, squares)
+    return model.training_flops(tokens, squares)
 
 
 def peak_flops(device: torch.device) -> float:
