@@ -13,6 +13,7 @@ import numpy as np
 from phi4r.configs.stages import CurateConfig
 from phi4r.core.io import JsonlWriter
 from phi4r.core.problem import Problem
+from phi4r.core.seeds import Stream
 from phi4r.data.records import load_problems, problem_row
 from phi4r.data.render import render_prompt
 from phi4r.parallel.launch import run_handler
@@ -22,8 +23,6 @@ from phi4r.sampling.embedded import EmbeddedEngine, SampleRequest, SamplingOptio
 from phi4r.tasks import grade_responses
 from phi4r.train.session import open_inference
 from phi4r.verify.pool import VerifierPool
-
-PASS_RATE_STREAM = 41
 
 
 def load_sampler(config: CurateConfig) -> Callable[[Sequence[Problem], int], np.ndarray]:
@@ -51,7 +50,7 @@ def measure(config: CurateConfig, path: Path, k: int) -> list[float]:
         prompts = [tuple(render_prompt(tokenizer, p, config.problems.system_message)) for p in problems]
         requests = [
             # By id, not by place: a rate does not depend on which problems are measured together.
-            SampleRequest(prompt, (config.seed, PASS_RATE_STREAM, crc32(problem.id.encode()), sample))
+            SampleRequest(prompt, (config.seed, Stream.PASS_RATE, crc32(problem.id.encode()), sample))
             for problem, prompt in zip(problems, prompts, strict=True)
             for sample in range(k)
         ]

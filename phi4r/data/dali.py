@@ -17,6 +17,7 @@ import numpy as np
 
 from phi4r.core import optional
 from phi4r.core.errors import UserError
+from phi4r.core.seeds import Stream
 from phi4r.data.loader import StepRows
 from phi4r.data.packing import PackedRow
 from phi4r.data.shards import ShardRow, ShardRows
@@ -47,7 +48,7 @@ class DaliLoader:
         rows: Any,
         *,
         seed: int,
-        stream: int,
+        stream: Stream,
         rows_per_step: int,
         first_step: int,
         last_step: int,

@@ -17,7 +17,7 @@ from types import TracebackType
 
 import numpy as np
 
-from phi4r.core.seeds import epoch_order
+from phi4r.core.seeds import Stream, epoch_order
 from phi4r.data.balance import my_share
 from phi4r.data.packing import PackedRow
 from phi4r.data.shards import ShardRow
@@ -27,11 +27,11 @@ GET_S = 0.1
 
 
 @lru_cache(maxsize=2)
-def _order(seed: int, stream: int, epoch: int, num_rows: int) -> np.ndarray:
+def _order(seed: int, stream: Stream, epoch: int, num_rows: int) -> np.ndarray:
     return epoch_order(seed, stream, epoch, num_rows)
 
 
-def row_at(position: int, num_rows: int, seed: int, stream: int) -> int:
+def row_at(position: int, num_rows: int, seed: int, stream: Stream) -> int:
     """The row that the run's `position`-th sample is: the epochs' permutations, one after another."""
     epoch, place = divmod(position, num_rows)
     return int(_order(seed, stream, epoch, num_rows)[place])
@@ -43,7 +43,7 @@ class StepRows:
 
     rows: Sequence[PackedRow]
     seed: int
-    stream: int
+    stream: Stream
     rows_per_step: int
     dp: int = 1
     dp_rank: int = 0
@@ -72,7 +72,7 @@ class Loader:
         rows: Sequence[PackedRow],
         *,
         seed: int,
-        stream: int,
+        stream: Stream,
         rows_per_step: int,
         first_step: int,
         last_step: int,

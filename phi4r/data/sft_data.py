@@ -17,14 +17,12 @@ import numpy as np
 from phi4r.configs.sections import DataConfig, require
 from phi4r.core.errors import UserError
 from phi4r.core.problem import Conversation, Problem, Record
+from phi4r.core.seeds import Stream
 from phi4r.data.packing import Document, LengthReport, PackedRow, efficiency, fit_documents, pack
 from phi4r.data.records import LoadReport, load_records
 from phi4r.data.render import problem_reply, render_example, split_think
 from phi4r.data.shards import ShardRows, fingerprint, read_index, read_settings
 from phi4r.data.tokenizer import Tokenizer
-
-# Streams of the run's seed; another use of the same seed takes another number.
-_SPLIT_STREAM = 0x51
 
 
 @dataclass
@@ -108,7 +106,7 @@ def draw_heldout(num_records: int, heldout: int, seed: int) -> list[int]:
     """Indices of the `heldout` records kept out of training, drawn at random (by seed only)."""
     if heldout >= num_records:
         raise UserError(f"data.heldout = {heldout} leaves nothing of {num_records} examples to train on")
-    random = np.random.default_rng([seed, _SPLIT_STREAM])
+    random = np.random.default_rng([seed, Stream.HELDOUT])
     drawn: list[int] = random.choice(num_records, size=heldout, replace=False).tolist()
     return drawn
 

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from phi4r.core.errors import UserError
 from phi4r.core.io import JsonlWriter, read_jsonl
+from phi4r.core.seeds import Stream
 from phi4r.evaluate import statistics
 from phi4r.evaluate.statistics import Interval
 
@@ -287,7 +288,7 @@ class SummarySettings:
     confidence: float = 0.95
     seed: int = 0
 
-    def rng(self, stream: int) -> np.random.Generator:
+    def rng(self, stream: Stream) -> np.random.Generator:
         """An independent random stream for one interval."""
         return np.random.default_rng([self.seed, stream])
 
@@ -312,14 +313,16 @@ def summarise(results: Results, settings: SummarySettings | None = None) -> dict
     correct, tokens = results.correct, results.tokens
     num_problems, num_runs = correct.shape
     options: dict[str, Any] = {"num_resamples": settings.bootstrap, "confidence": settings.confidence}
-    accuracy = statistics.bootstrap_interval(correct, rng=settings.rng(0), **options)
+    accuracy = statistics.bootstrap_interval(correct, rng=settings.rng(Stream.ACCURACY), **options)
     same = None
     if num_runs > 1:
-        same = statistics.bootstrap_interval(correct, rng=settings.rng(1), target="these_problems", **options)
-    length = statistics.bootstrap_interval(tokens, rng=settings.rng(2), **options)
+        same = statistics.bootstrap_interval(
+            correct, rng=settings.rng(Stream.ACCURACY_SAME_PROBLEMS), target="these_problems", **options
+        )
+    length = statistics.bootstrap_interval(tokens, rng=settings.rng(Stream.LENGTH), **options)
     runs = statistics.run_distribution(correct)
 
-    def table(estimate: Callable[[int], statistics.Floats], stream: int) -> dict[str, Any]:
+    def table(estimate: Callable[[int], statistics.Floats], stream: Stream) -> dict[str, Any]:
         rows = {}
         for k in _powers_of_two_up_to(num_runs):
             interval = statistics.problem_interval(estimate(k), rng=settings.rng(stream), **options)
@@ -336,9 +339,9 @@ def summarise(results: Results, settings: SummarySettings | None = None) -> dict
         f"avg_at_{num_runs}": accuracy.mean,
         "ci95": accuracy.as_list(),
         "ci95_same_problems": None if same is None else same.as_list(),
-        "pass_at_k": table(lambda k: statistics.pass_at_k(correct, k), 3),
-        "maj_at_k": table(lambda k: statistics.maj_at_k(correct, answers, k), 4),
-        "worst_at_k": table(lambda k: statistics.all_at_k(correct, k), 5),
+        "pass_at_k": table(lambda k: statistics.pass_at_k(correct, k), Stream.PASS_AT_K),
+        "maj_at_k": table(lambda k: statistics.maj_at_k(correct, answers, k), Stream.MAJ_AT_K),
+        "worst_at_k": table(lambda k: statistics.all_at_k(correct, k), Stream.WORST_AT_K),
         "accuracy_by_run": runs.accuracies.tolist(),
         "std_over_runs": _finite(runs.std),
         "min_over_runs": runs.low,
@@ -396,16 +399,18 @@ def compare(before: Results, after: Results, settings: SummarySettings | None = 
     paired = statistics.paired_comparison(
         before.correct,
         after.correct,
-        rng=settings.rng(10),
+        rng=settings.rng(Stream.GAIN),
         num_permutations=settings.permutations,
         **options,
     )
     length = statistics.contrast_interval(
-        [(before.tokens, -1.0), (after.tokens, 1.0)], rng=settings.rng(11), **options
+        [(before.tokens, -1.0), (after.tokens, 1.0)], rng=settings.rng(Stream.GAIN_LENGTH), **options
     )
     k = min(len(before.runs), len(after.runs))
     difference_Q = statistics.pass_at_k(after.correct, k) - statistics.pass_at_k(before.correct, k)
-    passes = statistics.contrast_interval([(difference_Q[:, None], 1.0)], rng=settings.rng(12), **options)
+    passes = statistics.contrast_interval(
+        [(difference_Q[:, None], 1.0)], rng=settings.rng(Stream.GAIN_PASSES), **options
+    )
 
     def rendered(interval: Interval) -> dict[str, Any]:
         return {"mean": interval.mean, "ci95": interval.as_list()}

@@ -15,6 +15,7 @@ from phi4r.core.console import Progress, console, is_main_rank
 from phi4r.core.errors import UserError
 from phi4r.core.io import atomic_write_json
 from phi4r.core.problem import Problem
+from phi4r.core.seeds import Stream
 from phi4r.data.render import render_prompt
 from phi4r.evaluate.results import (
     Results,
@@ -36,7 +37,6 @@ from phi4r.train.session import Inference, open_inference
 from phi4r.verify.pool import VerifierPool
 from phi4r.verify.strict import Verdict
 
-EVAL_STREAM = 31
 NUM_SLOTS = 256
 
 
@@ -73,7 +73,7 @@ def evaluate_checkpoint(cfg: EvalConfig, checkpoint: str, path: Path) -> Results
         problems,
         cfg.eval.runs,
         SamplingOptions(cfg.eval.max_new_tokens, cfg.eval.temperature),
-        (cfg.seed, EVAL_STREAM),
+        (cfg.seed, Stream.EVAL_SAMPLES),
         cfg.problems.system_message,
         title=f"eval {Path(checkpoint).name}",
         first_run=first_run,
@@ -90,7 +90,7 @@ def evaluate_checkpoint(cfg: EvalConfig, checkpoint: str, path: Path) -> Results
 
 def _problems(cfg: EvalConfig, run_dir: Path) -> list[Problem]:
     count = cfg.eval.num_problems
-    problems = get_problems(cfg.problems, cfg.seed, run_dir / "rejects.jsonl", stream="eval", count=count)
+    problems = get_problems(cfg.problems, cfg.seed, run_dir / "rejects.jsonl", use="eval", count=count)
     if not problems:
         raise UserError("eval: there are no problems")
     return problems[:count] if count else problems

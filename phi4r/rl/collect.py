@@ -20,6 +20,7 @@ import numpy as np
 
 from phi4r.configs.stages import RLConfig
 from phi4r.core.problem import Problem
+from phi4r.core.seeds import Stream
 from phi4r.data.tokenizer import Tokenizer
 from phi4r.parallel.layout import broadcast_object
 from phi4r.rl.advantages import Advantages
@@ -31,9 +32,6 @@ from phi4r.sampling.embedded import BusySpan, Completion, RolloutEngine, SampleR
 from phi4r.verify.audit import audit_counts
 from phi4r.verify.judge import judge_counts
 from phi4r.verify.pool import VerifierPool
-
-# Separates sampling from the other uses of a run's seed.
-SAMPLE_STREAM = 22
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ class Collector:
 
     def _requests(self, number: int) -> list[SampleRequest]:
         return [
-            SampleRequest(self.prompts[item], (self.cfg.seed, SAMPLE_STREAM, number, index, sample))
+            SampleRequest(self.prompts[item], (self.cfg.seed, Stream.SAMPLES, number, index, sample))
             for index, item in enumerate(self.draws.items(number))
             for sample in range(self.cfg.rollout.group_size)
         ]

@@ -29,10 +29,7 @@ import numpy as np
 from phi4r.configs.sections import RolloutConfig
 from phi4r.core.errors import UserError
 from phi4r.core.problem import Problem
-from phi4r.core.seeds import items_of_step
-
-# Separate the uses of a run's seed: drawing prompts, sampling (`rl.collect`), orders of a curriculum.
-PROMPT_STREAM, CURRICULUM_STREAM = 21, 26
+from phi4r.core.seeds import Stream, items_of_step
 
 DECAY = 0.5
 PRIOR_SAMPLES = 8.0
@@ -64,7 +61,7 @@ def epoch_items(
     inside = np.array([rate is None or band[0] <= rate <= band[1] for rate in rates])
     turns = np.array([zlib.crc32(f"{seed} {item}".encode()) % rest for item in range(num_items)])
     members = np.flatnonzero(inside | (turns == epoch % rest))
-    keys = np.random.default_rng([seed, CURRICULUM_STREAM, epoch]).exponential(size=num_items)
+    keys = np.random.default_rng([seed, Stream.CURRICULUM, epoch]).exponential(size=num_items)
     keys *= np.where(inside, 1.0, float(rest))
     order: list[int] = members[np.argsort(keys[members], kind="stable")].tolist()
     return order
@@ -91,7 +88,7 @@ class EpochDraws:
 
     def items(self, draw: int) -> list[int]:
         """The permutations of the epochs, one after another, cut into draws."""
-        return items_of_step(self.num_items, self.seed, PROMPT_STREAM, draw, self.per_draw)
+        return items_of_step(self.num_items, self.seed, Stream.PROMPTS, draw, self.per_draw)
 
     def record(self, draw: int, right: Sequence[int], samples: int) -> None:
         """Changes nothing."""

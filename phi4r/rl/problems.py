@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from phi4r.configs.sections import ProblemsConfig, RolloutConfig
 from phi4r.core.console import say
 from phi4r.core.errors import UserError
 from phi4r.core.problem import Problem
+from phi4r.core.seeds import problem_seed
 from phi4r.data.records import load_problems
 from phi4r.data.render import render_prompt
 from phi4r.data.tokenizer import Tokenizer
 from phi4r.parallel.layout import Layout, broadcast_object
 from phi4r.tasks import get_task
-
-# Generated problems of different uses never share a stream: index 0 of one is not index 0 of another.
-GENERATE_STREAM = {"train": 0, "eval": 1_000_003}
 
 
 def get_problems(
@@ -23,7 +22,7 @@ def get_problems(
     seed: int,
     reject_path: Path | None = None,
     *,
-    stream: str = "train",
+    use: Literal["train", "eval"] = "train",
     count: int = 0,
 ) -> list[Problem]:
     """The problems of a `[problems]` section. `count`: generate so many instead of `num_generated`."""
@@ -34,8 +33,8 @@ def get_problems(
     task = get_task(config.task)
     low, high = task.default_range
     difficulty = (config.difficulty_min or low, config.difficulty_max or max(high, config.difficulty_min))
-    first = GENERATE_STREAM[stream]
-    return [task.generate(seed + first, i, difficulty) for i in range(count or config.num_generated)]
+    stream = problem_seed(seed, use)
+    return [task.generate(stream, i, difficulty) for i in range(count or config.num_generated)]
 
 
 def load_run_problems(

@@ -21,7 +21,7 @@ import numpy as np
 from phi4r.configs.sections import RolloutConfig
 from phi4r.configs.stages import RLConfig
 from phi4r.core.console import say
-from phi4r.core.seeds import epoch_order
+from phi4r.core.seeds import Stream, epoch_order
 from phi4r.data.packing import Document, PackedRow, pack, unpack
 from phi4r.parallel.layout import distributed_session, init_layout
 from phi4r.rl.audit import write_audit
@@ -36,9 +36,6 @@ from phi4r.train.loop import open_loop
 from phi4r.train.schedule import learning_rate
 from phi4r.train.session import open_frozen, open_tokenizer, resolve_model
 from phi4r.verify.pool import VerifierPool
-
-# Separates dealing documents to updates from the other uses of a run's seed (`rl.collect`).
-UPDATE_STREAM = 23
 
 
 def main(cfg: RLConfig, run_dir: Path) -> None:
@@ -136,7 +133,7 @@ def deal(documents: Sequence[Document], num_updates: int, seed: int, step: int) 
     """The documents in `num_updates` parts of nearly equal size, shuffled by the counters (seed, step)."""
     if num_updates == 1:
         return [list(documents)]
-    order = epoch_order(seed, UPDATE_STREAM, step, len(documents))
+    order = epoch_order(seed, Stream.UPDATES, step, len(documents))
     return [[documents[i] for i in part] for part in np.array_split(order, num_updates) if len(part)]
 
 

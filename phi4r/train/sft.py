@@ -10,6 +10,7 @@ from typing import Any
 
 from phi4r.configs.stages import SFTConfig
 from phi4r.core.console import say
+from phi4r.core.seeds import Stream, problem_seed
 from phi4r.data.dali import DaliLoader
 from phi4r.data.loader import Loader
 from phi4r.data.packing import PackedRow
@@ -22,9 +23,6 @@ from phi4r.train.engine import Engine, sft_loss
 from phi4r.train.loop import open_loop
 from phi4r.train.schedule import learning_rate
 from phi4r.train.session import open_tokenizer, resolve_model
-
-# Separates the stream that shuffles rows from the other streams of a run's seed.
-SHUFFLE_STREAM = 11
 
 
 def load_data(
@@ -41,7 +39,8 @@ def load_data(
     if layout.is_main:
         section = config.data
         count = 0 if section.path else section.num_generated + section.heldout
-        generated = get_task(section.task).examples(config.seed, 0, count) if count else []
+        seed = problem_seed(config.seed, "train")
+        generated = get_task(section.task).examples(seed, 0, count) if count else []
         data = build_sft_data(section, tokenizer, config.seed, run_dir / "rejects.jsonl", generated)
         for line in data.report.lines():
             say(line)
@@ -60,7 +59,7 @@ def open_loader(
     return kind(
         rows,
         seed=config.seed,
-        stream=SHUFFLE_STREAM,
+        stream=Stream.SFT_ROWS,
         rows_per_step=config.train.global_batch_size,
         first_step=first_step,
         last_step=config.train.num_steps,

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
-from phi4r.core.seeds import epoch_order
+from phi4r.core.seeds import Stream, epoch_order
 from phi4r.verify.extract import gold_answer
 from phi4r.verify.pool import VerifierPool
 from phi4r.verify.strict import SymbolicQuestion, Verdict, is_too_complex, normalise
@@ -27,8 +27,6 @@ BATCH_DEADLINES = 4.0
 """The second checks of a batch may take this many deadlines of one answer together, on the wall."""
 MAX_CHARS = 400
 """Of each text in a logged case."""
-# Separates drawing cases from the other uses of a run's seed.
-AUDIT_STREAM = 25
 
 
 def _question(gold: str, verdict: Verdict) -> SymbolicQuestion | None:
@@ -108,4 +106,4 @@ def drawn(rows: Sequence[Any], limit: int, seed: int, step: int = 0) -> list[Any
     """At most `limit` of the rows, drawn by the counters (seed, step), in their order (0: all)."""
     if not limit or len(rows) <= limit:
         return list(rows)
-    return [rows[place] for place in sorted(epoch_order(seed, AUDIT_STREAM, step, len(rows))[:limit])]
+    return [rows[place] for place in sorted(epoch_order(seed, Stream.AUDIT, step, len(rows))[:limit])]

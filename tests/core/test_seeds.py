@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from phi4r.core.seeds import epoch_order, items_of_step
+from phi4r.configs.sections import ProblemsConfig
+from phi4r.core.seeds import Stream, epoch_order, items_of_step, problem_seed
+from phi4r.rl.problems import get_problems
 
 sizes = st.integers(1, 40)
 
@@ -56,3 +60,34 @@ def test_first_places_are_even_over_epochs() -> None:
     firsts = [int(epoch_order(0, 11, epoch, 4)[0]) for epoch in range(2000)]
     # Four equally likely values: 500 each, standard deviation sqrt(2000 x 3/16) = 19; five of them.
     assert np.abs(np.bincount(firsts, minlength=4) - 500).max() < 5 * 19.4
+
+
+seeds = st.integers(0, 2**63)
+
+
+@given(train=seeds, evaluated=seeds)
+@example(train=1_000_003, evaluated=0)
+@example(train=2_000_006, evaluated=1_000_003)
+def test_no_training_problems_are_evaluation_problems(train: int, evaluated: int) -> None:
+    assert problem_seed(train, "train") != problem_seed(evaluated, "eval")
+
+
+@given(one=seeds, other=seeds, use=st.sampled_from(["train", "eval"]))
+@example(one=1_000_003, other=0, use="train")
+def test_run_seeds_have_problems_of_their_own(one: int, other: int, use: Literal["train", "eval"]) -> None:
+    assert (problem_seed(one, use) == problem_seed(other, use)) == (one == other)
+
+
+@pytest.mark.parametrize("task", ["modchain", "addition", "countdown"])
+def test_a_runs_problems_come_from_the_seed_of_their_use(task: str) -> None:
+    config = ProblemsConfig(task=task, num_generated=3)
+    train, evaluated = get_problems(config, 1_000_003), get_problems(config, 0, use="eval")
+    assert not {p.id for p in train} & {p.id for p in evaluated}
+    assert evaluated == get_problems(config, 0, use="eval", count=3)
+    assert [p.id for p in get_problems(config, 7)] == [f"{task}-7-{i}" for i in range(3)]
+
+
+def test_no_two_streams_share_a_generator() -> None:
+    # numpy's SeedSequence pads a short key with zeros: (seed, stream) is the key (seed, stream, 0).
+    states = {np.random.SeedSequence([5, stream, 0]).generate_state(2).tobytes() for stream in Stream}
+    assert len(states) == len(Stream)

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from phi4r.core.seeds import items_of_step
-from phi4r.rl.curriculum import PROMPT_STREAM
+from phi4r.core.seeds import Stream, items_of_step
 from tests.multiprocess.test_resume import DEADLINE_S, finish, metrics, start
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
@@ -72,7 +71,7 @@ def samples(text: str) -> list[tuple[int, int]]:
 
 def drawn(step: int) -> list[tuple[int, int]]:
     """(problem, sample) of all that is due in a step."""
-    items = items_of_step(PROBLEMS, 0, PROMPT_STREAM, step - 1, PROMPTS)
+    items = items_of_step(PROBLEMS, 0, Stream.PROMPTS, step - 1, PROMPTS)
     return [(item, sample) for item in items for sample in range(GROUP)]
 
 

@@ -11,11 +11,10 @@ from phi4r.configs.load import load_stage
 from phi4r.configs.sections import ParallelConfig
 from phi4r.configs.stages import RLConfig
 from phi4r.core.problem import Problem
-from phi4r.core.seeds import items_of_step
+from phi4r.core.seeds import Stream, items_of_step
 from phi4r.data.tokenizer import Tokenizer
 from phi4r.parallel.layout import init_layout
-from phi4r.rl.collect import SAMPLE_STREAM, Collector, StepSamples
-from phi4r.rl.curriculum import PROMPT_STREAM
+from phi4r.rl.collect import Collector, StepSamples
 from phi4r.sampling.embedded import BusySpan, Completion, Done, Pending, SampleRequest, SamplingOptions
 from phi4r.tasks import get_task
 from phi4r.verify.pool import VerifierPool
@@ -87,7 +86,7 @@ def settings(max_draws: int, *more: str) -> RLConfig:
 
 
 def drawn(draw: int) -> list[int]:
-    return items_of_step(NUM_PROBLEMS, SEED, PROMPT_STREAM, draw, PROMPTS)
+    return items_of_step(NUM_PROBLEMS, SEED, Stream.PROMPTS, draw, PROMPTS)
 
 
 def collected(
@@ -118,7 +117,7 @@ def test_prompts_are_drawn_until_enough_groups_differ(parts: Parts) -> None:
     assert all(t.advantage != 0 for t in found.used)
     assert [t.sample.prompt_index for t in found.trajectories[::GROUP]] == list(range(3 * PROMPTS))
     assert engine.keys == [
-        (SEED, SAMPLE_STREAM, draw, prompt, sample)
+        (SEED, Stream.SAMPLES, draw, prompt, sample)
         for draw in (4, 5, 6) for prompt in range(PROMPTS) for sample in range(GROUP)
     ]  # fmt: skip
     metrics = found.metrics(0)

@@ -12,9 +12,8 @@ import pytest
 from phi4r.configs.sections import RolloutConfig
 from phi4r.core.errors import ConfigError, UserError
 from phi4r.core.problem import Problem
-from phi4r.core.seeds import items_of_step
+from phi4r.core.seeds import Stream, items_of_step
 from phi4r.rl.curriculum import (
-    PROMPT_STREAM,
     EpochDraws,
     PassRateDraws,
     PromptDraws,
@@ -47,7 +46,7 @@ def run(draws: PromptDraws, first: int, until: int, right: Callable[[int], int] 
 def test_off_draws_what_was_drawn_before_there_was_a_curriculum() -> None:
     draws = open_draws(RolloutConfig(prompts_per_step=7), SEED, PROBLEMS, 3)
     assert isinstance(draws, EpochDraws)
-    expected = [items_of_step(NUM, SEED, PROMPT_STREAM, draw, 7) for draw in range(3, 20)]
+    expected = [items_of_step(NUM, SEED, Stream.PROMPTS, draw, 7) for draw in range(3, 20)]
     assert run(draws, 3, 20) == expected
     assert draws.state() == {}
 

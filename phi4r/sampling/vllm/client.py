@@ -21,11 +21,11 @@ from numpy.random import SeedSequence
 
 from phi4r.configs.sections import VLLMConfig
 from phi4r.core.errors import UserError
+from phi4r.core.seeds import Stream
 from phi4r.sampling.embedded import Completion, SampleRequest, SamplingOptions
 from phi4r.sampling.vllm.server import HEALTH_TIMEOUT_S, INSIDE, RECEIVES
 
 BUSY = (429, 503)
-CONTINUED_STREAM = 25
 CONNECTIONS = 3
 """Connections tried for one call: a server closes one that was idle just when it is used again."""
 UNPREPARED = ("Weight transfer not configured", "Invalid init_info")
@@ -40,7 +40,7 @@ def seed_of(key: tuple[int, ...], num_begun: int = 0) -> int:
     """The seed, 63 bits, of the sample named by the counters `key`. Where it goes on after `num_begun` tokens
     it has another one: a server begins each request with the first random number of its seed."""
     if num_begun:
-        key = (*key, CONTINUED_STREAM, num_begun)
+        key = (*key, Stream.CONTINUED, num_begun)
     return int(SeedSequence(list(key)).generate_state(1, "uint64")[0] >> 1)
 
 

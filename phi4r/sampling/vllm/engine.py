@@ -25,6 +25,7 @@ from phi4r.configs.sections import VLLMConfig
 from phi4r.convert.live import export_form, export_live, hand_over, served_model, whole_weights
 from phi4r.core.console import say
 from phi4r.core.errors import UserError
+from phi4r.core.seeds import Stream
 from phi4r.data.packing import Document, pack, unpack
 from phi4r.models.huggingface import HFWeights
 from phi4r.parallel.attempt import beat
@@ -53,7 +54,6 @@ TOUCH_S = 10.0
 CANCEL_S = 10.0
 KEPT_VERSIONS = 2
 PROBE_TOKENS = 8
-PROBE_STREAM = 24
 VLLM_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
@@ -212,7 +212,7 @@ class VLLMEngine:
         trainer's."""
         options = SamplingOptions(PROBE_TOKENS, self.temperature)
         requests = [
-            SampleRequest(prompt, (PROBE_STREAM, version, number))
+            SampleRequest(prompt, (0, Stream.PROBE, version, number))
             for number, prompt in enumerate(self.probe_prompts)
         ]
 
