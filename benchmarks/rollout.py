@@ -38,7 +38,8 @@ def embedded(prompts: list[tuple[int, ...]], new_tokens: int) -> Any:
     from phi4r.configs.load import load_stage
     from phi4r.configs.sections import ParallelConfig, TrainConfig
     from phi4r.parallel.layout import init_layout
-    from phi4r.sampling.embedded import EmbeddedEngine, SampleRequest, SamplingOptions
+    from phi4r.sampling.embedded import EmbeddedEngine
+    from phi4r.sampling.types import SampleRequest, SamplingOptions
     from phi4r.train.engine import Engine
     from phi4r.train.session import fill_weights
 

@@ -30,7 +30,7 @@ from scipy.optimize import nnls
 
 from benchmarks.rows import append_rows, provenance
 from benchmarks.suite import require_vllm
-from phi4r.configs.sections import ModelConfig, ParallelConfig, TrainConfig, VLLMConfig
+from phi4r.configs.sections import ModelConfig, ParallelConfig, SamplingConfig, TrainConfig, VLLMConfig
 from phi4r.models.names import load_weights, random_weights
 from phi4r.parallel.layout import init_layout
 from phi4r.plan.simulate import (
@@ -43,7 +43,7 @@ from phi4r.plan.simulate import (
     over_sampled,
     simulate,
 )
-from phi4r.sampling.embedded import Completion, SampleRequest, SamplingOptions
+from phi4r.sampling.types import Completion, SampleRequest, SamplingOptions
 from phi4r.sampling.vllm.engine import VLLMEngine
 from phi4r.train.engine import Engine
 
@@ -133,28 +133,29 @@ class Bench:
     def run(
         self, mode: Mode, servers: int, steps: int, train_s: float
     ) -> tuple[list[float], list[list[int]]]:
-        """The loop as `rl.train` and `rl.draws` run it: (seconds of each step, lengths of each draw's
+        """The loop as `rl.train` and `rl.queue` run it: (seconds of each step, lengths of each batch's
         answers)."""
         engine, options = self.engine, SamplingOptions(MAX_NEW_TOKENS)
         engine.fleet.members = self.members[:servers]
         seconds, lengths = list[float](), list[list[int]]()
-        pending, num_open = None, 0
+        num_open, ready = 0, list[list[Completion]]()
+
+        def open_through(last: int) -> None:
+            nonlocal num_open
+            while num_open <= min(last, steps - 1):
+                engine.open(num_open, requests(num_open, REQUESTS), options, [Completion()] * REQUESTS)
+                num_open += 1
+
         for step in range(steps):
             began = time.perf_counter()
-            if pending is not None:
-                pending()
+            if num_open > step and not mode.continuous:
+                ready.append(engine.finish(step))
             engine.sync((engine.version or 0) + 1)
-            if mode.continuous:
-                while num_open < min(step + mode.staleness + 1, steps):
-                    engine.open(num_open, requests(num_open, REQUESTS), options, [Completion()] * REQUESTS)
-                    num_open += 1
-                found = engine.finish(step)
-            else:
-                found = (pending or engine.start(requests(step, REQUESTS), options, lambda found: None))()
-                pending = None
+            open_through(step + mode.staleness if mode.continuous else step)
+            found = ready.pop() if ready else engine.finish(step)
             lengths.append([len(completion.tokens) for completion in found])
-            if mode.staleness and not mode.continuous and step + 1 < steps:
-                pending = engine.start(requests(step + 1, REQUESTS), options, lambda found: None)
+            if mode.staleness and not mode.continuous:
+                open_through(step + 1)
             time.sleep(train_s)
             seconds.append(time.perf_counter() - began)
         return seconds, lengths
@@ -205,10 +206,12 @@ def main() -> int:
     shared = provenance("phi4r", "benchmarks/simulate.py")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        config = VLLMConfig(num_servers=max(number for _, number in cases), max_in_flight=SLOTS)
+        config = VLLMConfig(num_servers=max(number for _, number in cases))
+        sampling = SamplingConfig(engine="vllm", max_in_flight=SLOTS)
         engine = VLLMEngine(
-            make_trainer(), STOP_IDS, config, Path(folder), max_model_len=PROMPT_TOKENS + MAX_NEW_TOKENS,
-            probe_prompts=[request.prompt_tokens for request in requests(0, 2)], temperature=1.0,
+            make_trainer(), STOP_IDS, config, sampling, Path(folder),
+            max_model_len=PROMPT_TOKENS + MAX_NEW_TOKENS,
+            probe_prompts=[request.prompt_tokens for request in requests(0, 2)],
         )  # fmt: skip
         try:
             engine.sync(0)

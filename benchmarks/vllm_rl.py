@@ -111,7 +111,7 @@ def main() -> int:
     require_vllm(parser)
     engines = {
         "embedded": [],
-        "vllm": ["--rollout.engine", "vllm", "--vllm.num_servers", str(options.servers)],
+        "vllm": ["--sampling.engine", "vllm", "--vllm.num_servers", str(options.servers)],
     }
     program = [sys.executable, "-m", "phi4r"]
     for engine, settings in engines.items():

@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks.rows import append_rows, provenance
 from benchmarks.suite import require_vllm
-from phi4r.configs.sections import ModelConfig, ParallelConfig, TrainConfig, VLLMConfig
+from phi4r.configs.sections import ModelConfig, ParallelConfig, SamplingConfig, TrainConfig, VLLMConfig
 from phi4r.models.names import load_weights, random_weights
 from phi4r.parallel.layout import init_layout
 from phi4r.sampling.vllm.engine import VLLMEngine
@@ -47,7 +47,8 @@ PROBES = [(5, 6, 7), (9, 10)]
 def open_engine(trainer: Engine, folder: Path, **settings: Any) -> VLLMEngine:
     """A rollout engine with `settings` of the section vllm."""
     config = VLLMConfig(**settings)
-    return VLLMEngine(trainer, (3,), config, folder, max_model_len=256, probe_prompts=PROBES, temperature=1.0)
+    sampling = SamplingConfig(engine="vllm")
+    return VLLMEngine(trainer, (3,), config, sampling, folder, max_model_len=256, probe_prompts=PROBES)
 
 
 def measure(name: str, num_servers: int, num_syncs: int, folder: Path) -> list[dict[str, Any]]:

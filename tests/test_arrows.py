@@ -59,7 +59,7 @@ TARGET = re.compile(r"phi4r(\.\w+)+:\w+")
 NO_TORCH = [
     "cli", "commands/dryrun.py", "commands/bench.py", "core", "families", "configs", "tasks", "curate",
     "plan", "evaluate", "data/records.py", "data/render.py", "data/tokenizer.py", "data/packing.py",
-    "data/native.py", "rewards", "rl/types.py", "parallel/launch.py", "parallel/attempt.py", "slurm",
+    "data/native.py", "rewards", "sampling/types.py", "parallel/launch.py", "parallel/attempt.py", "slurm",
 ]  # fmt: skip
 
 

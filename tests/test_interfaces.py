@@ -188,7 +188,7 @@ def rl(sft: Path) -> Path:
     phi4r(
         "rl", "tiny", "--run-dir", folder, "--init.checkpoint", sft, *MODEL, "--train.num_steps", RL_STEPS,
         "--problems.num_generated", 16, "--rollout.prompts_per_step", PROMPTS, "--rollout.group_size", GROUP,
-        "--rollout.max_new_tokens", 12, "--objective.min_informative", 0, "--seed", 1,
+        "--sampling.max_new_tokens", 12, "--objective.min_informative", 0, "--seed", 1,
     )  # fmt: skip
     return folder
 
@@ -254,7 +254,7 @@ def test_generate_prints_the_answer_and_nothing_else(sft: Path) -> None:
 
 def test_eval_leaves_a_line_per_problem_and_run_and_a_summary(sft: Path) -> None:
     folder = sft.parent / "eval"
-    words = ["--run-dir", folder, "--eval.num_problems", 7, "--eval.max_new_tokens", 10]
+    words = ["--run-dir", folder, "--eval.num_problems", 7, "--sampling.max_new_tokens", 10]
     table = phi4r("eval", sft, "modchain", "--runs", 2, *words)
     rows = read(folder / "results.jsonl")
     assert len(rows) == 7 * 2

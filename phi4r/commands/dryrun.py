@@ -100,7 +100,7 @@ def plan_lines(stage: str, config: StageConfig, run_dir: Path) -> list[tuple[str
     elif isinstance(config, RLConfig):
         rollout = config.rollout
         samples = rollout.prompts_per_step * rollout.group_size
-        longest = samples * (rollout.max_prompt_tokens + rollout.max_new_tokens)
+        longest = samples * (rollout.max_prompt_tokens + config.sampling.max_new_tokens)
         lines.append(("problems", _problems_text(config)))
         lines.append(("steps", f"{config.train.num_steps:,}"))
         how = f"{rollout.prompts_per_step:,} problems x {rollout.group_size:,}"

@@ -9,7 +9,8 @@ from phi4r.core.console import is_main_rank
 from phi4r.data.render import render_prompt
 from phi4r.data.tokenizer import Tokenizer
 from phi4r.parallel.layout import distributed_session
-from phi4r.sampling.embedded import EmbeddedEngine, SampleRequest, SamplingOptions
+from phi4r.sampling.embedded import EmbeddedEngine
+from phi4r.sampling.types import SampleRequest, SamplingOptions
 from phi4r.train.session import open_inference
 
 

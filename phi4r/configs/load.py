@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import phi4r
+from phi4r.configs.renamed import new_name, upgraded
 from phi4r.configs.schema import as_dict, closest, coerce, fields_of, from_text, sections_of, unknown
 from phi4r.configs.sections import ParallelConfig
 from phi4r.configs.stages import STAGES, StageConfig
@@ -82,6 +83,8 @@ def resolve_key(parts: Sequence[str], source: str) -> tuple[str, str, str]:
     stage (`eval.problems.task`).
     """
     dotted, sections = ".".join(parts), all_sections()
+    if name := new_name(".".join(parts[-2:])):
+        raise ConfigError(dotted, f"is {name} now", source)
     if len(parts) == 3 or (len(parts) == 2 and parts[0] not in sections and parts[0] in STAGES):
         stage, rest = parts[0], parts[1:]
         if stage not in STAGES:
@@ -279,7 +282,8 @@ def _read_resolved(path: Path) -> Recipe:
         or not isinstance(content.get("config"), dict)
     ):
         raise UserError(f'{path}: not the config.json of a run: expected "stage" and "config"')
-    settings = _collect(content["config"], lambda _: str(path)).pop("", {})
+    tree = upgraded(content["stage"], content["config"])
+    settings = _collect(tree, lambda _: str(path)).pop("", {})
     # What the preset gives is left to the preset, so that `--model.preset other` changes what it should.
     preset = presets().get(settings.get(("model", "preset"), Setting("", "")).value, {})
     shared = {
@@ -392,7 +396,7 @@ def write_resolved(config: StageConfig, run_dir: str | Path) -> Path:
 
 def from_tree(stage: str, tree: dict[str, Any]) -> StageConfig:
     """A stage's configuration from its complete tree (`as_dict`), as handed to the ranks of a job."""
-    settings = _collect(tree, lambda _: "payload").get("", {})
+    settings = _collect(upgraded(stage, tree), lambda _: "payload").get("", {})
     return _build(stage, [settings])[0]
 
 
@@ -442,7 +446,7 @@ def prepare_run_dir(config: StageConfig, run_dir: str | Path) -> list[str]:
                 f"{run_dir}: holds a {before['stage']} run; choose another run folder for {stage}"
             )
         # What the run was started without is younger than it, and was as its default is.
-        trees = (as_dict(type(config)()), before["config"], as_dict(config))
+        trees = (as_dict(type(config)()), upgraded(stage, before["config"]), as_dict(config))
         default, written, new = (dict(_leaves(tree)) for tree in trees)
         old = default | written
         for parts, value in new.items():

@@ -1,4 +1,4 @@
-"""Sections of what samples answers and judges them: rollouts, rewards, the objective, curation."""
+"""Sections of what samples answers and judges them: sampling, rollouts, rewards, the objective, curation."""
 
 from __future__ import annotations
 
@@ -39,27 +39,78 @@ class ProblemsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
-    """Sampling answers from the model that is being trained."""
+class SamplingConfig:
+    """Sampling answers from a model: where, how tokens are drawn, and how many at once."""
 
-    engine: Literal["embedded", "vllm"] = "embedded"
-    """Where samples come from: "embedded" = the trainer's own weights, in its own processes; "vllm" = vLLM
-    servers (section vllm), which get the weights before each step."""
+    engine: Literal["embedded", "vllm", "openai"] = "embedded"
+    """What samples: "embedded" = the model in phi4r's own processes; "vllm" = vLLM servers (section vllm),
+    which phi4r gives the weights; "openai" = whatever model a URL serves (not for RL)."""
+    url: str = ""
+    """Engine "openai": base URL of an OpenAI-compatible server, such as http://host:8000/v1. Its key: the
+    variable PHI4R_API_KEY."""
+    model: str = ""
+    """Engine "openai": name of the model at the server."""
+    temperature: float = 1.0
+    """Sampling temperature; 0 takes the likeliest token (not for RL). Log-probs are taken at the same
+    temperature."""
+    top_p: float = 1.0
+    """Nucleus sampling (1: off). RL needs 1: a filter would bias the probability ratio. The paper's
+    evaluation: 0.95."""
+    top_k: int = 0
+    """Sampling from the k likeliest tokens (0: all). RL needs 0. The paper's evaluation: 50."""
+    max_new_tokens: int = 64
+    """Longest response, in tokens. The paper: 31,744."""
+    num_slots: int = 256
+    """Engine "embedded": sequences decoded at once on each copy of the model; a finished one makes room for
+    the next. Samples do not depend on it."""
+    max_in_flight: int = 64
+    """Engines "vllm" and "openai": requests sent to one server at once; the others wait here."""
+    request_timeout_s: float = 1800.0
+    """Engines "vllm" and "openai": seconds for one answer; a server that takes longer counts as failed."""
+    max_failures: int = 20
+    """Engine "openai": requests that may fail, retries included, before sampling stops."""
+
+    def __post_init__(self) -> None:
+        at_least(
+            "sampling", self, temperature=0, max_new_tokens=1, num_slots=1, top_k=0, max_in_flight=1,
+            max_failures=0,
+        )  # fmt: skip
+        positive("sampling", self, "top_p", "request_timeout_s")
+        require(self.top_p <= 1, "sampling.top_p", f"must be at most 1, got {self.top_p}")
+        require(
+            not self.url or self.url.startswith(("http://", "https://")),
+            "sampling.url",
+            f"must begin with http:// or https://, got {self.url!r}",
+        )
+        for name in ("url", "model"):
+            require(
+                bool(getattr(self, name)) == (self.engine == "openai"),
+                f"sampling.{name}",
+                f'belongs to sampling.engine "openai", which needs it; the engine is {self.engine!r}',
+            )
+
+
+RolloutMode = Literal["sync", "one_step", "continuous"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """The prompts of an RL step, and when they are sampled (section sampling says how)."""
+
+    mode: RolloutMode = "sync"
+    """"sync": sample with the weights that are trained. "one_step": sample the next step's prompts while this
+    step trains (a gain with vLLM only). "continuous": keep up to max_policy_lag later prompt batches in
+    flight; new weights interrupt partial rollouts, which are resumed with them. Batches are trained on
+    complete and in order. All but sync need objective.importance_cap."""
+    max_policy_lag: int = 2
+    """Mode "continuous": optimizer steps by which a token's weights may lag behind those that are trained."""
     prompts_per_step: int = 32
-    """Problems drawn per step. The paper: 64."""
+    """Problems in a prompt batch. The paper: 64."""
     group_size: int = 8
     """Samples per problem, compared with each other by the advantage. The paper: 8."""
-    max_draws: int = 1
-    """Draw prompts up to this many times a step, in place of groups whose rewards are all equal, until
-    prompts_per_step groups have something to compare (DAPO's dynamic sampling; 1: never again)."""
-    staleness: int = 0
-    """Optimizer steps by which samples may lag: 0 samples with the weights that are trained, 1 samples the
-    next step's prompts while this step trains (a gain with vLLM only), more needs rollout.continuous. Above 0
-    objective.importance_cap is needed."""
-    continuous: bool = False
-    """Sample without a break: up to `staleness` draws beyond the needed one at once, oldest first, so that
-    its longest answer does not idle the rest. New weights interrupt unfinished answers, which go on with
-    them; every token's version is recorded, and draws are trained on whole, in the order they were drawn."""
+    max_prompt_batches: int = 1
+    """Max prompt batches per step: more are sampled in place of groups whose rewards are all equal, until
+    prompts_per_step groups differ (DAPO's dynamic sampling); 1 disables."""
     curriculum: Literal["none", "pass_rate"] = "none"
     """Order of prompts: every problem once an epoch, or by running pass rates: those within the band once an
     epoch and rather early, the others once in curriculum_rest epochs (phi4r/rl/curriculum.py)."""
@@ -71,18 +122,9 @@ class RolloutConfig:
     """Epochs in which a problem outside that band comes once."""
     max_prompt_tokens: int = 64
     """Longest prompt; longer problems are left out and counted. The paper: 1,024."""
-    max_new_tokens: int = 64
-    """Longest response. The paper: 31,744."""
-    temperature: float = 1.0
-    """Sampling temperature (log-probs are taken at the same temperature)."""
-    num_slots: int = 256
-    """Sequences decoded at once; a finished one makes room for the next. Samples do not depend on it."""
     row_tokens: int = 256
-    """Tokens in a packed row of the training pass (at least max_prompt_tokens + max_new_tokens is taken)."""
-    top_p: float = 1.0
-    """Nucleus sampling. RL needs 1.0: a filter would bias the probability ratio."""
-    top_k: int = 0
-    """Sampling from the k likeliest tokens (0: all). RL needs 0."""
+    """Tokens in a packed row of the training pass (at least max_prompt_tokens + sampling.max_new_tokens is
+    taken)."""
     gap_threshold: float = 0.1
     """A token whose log-prob differs by more than this between sampler and trainer, in nats, is counted as
     far."""
@@ -98,32 +140,23 @@ class RolloutConfig:
             self,
             prompts_per_step=1,
             group_size=1,
-            max_draws=1,
+            max_prompt_batches=1,
             curriculum_rest=1,
             max_prompt_tokens=1,
-            max_new_tokens=1,
-            num_slots=1,
-            top_k=0,
-            staleness=0,
+            max_policy_lag=1,
         )
-        positive("rollout", self, "temperature", "top_p", "gap_threshold", "gap_alarm")
-        require(
-            self.staleness in (0, 1) or self.continuous,
-            "rollout.staleness",
-            f"must be 0 or 1 without rollout.continuous, got {self.staleness}",
-        )
-        require(
-            self.staleness >= 1 or not self.continuous,
-            "rollout.continuous",
-            "needs rollout.staleness of at least 1: what is begun early is of older weights",
-        )
+        positive("rollout", self, "gap_threshold", "gap_alarm")
         between("rollout", self, 0, 1, "curriculum_low", "curriculum_high")
         require(
             self.curriculum_low <= self.curriculum_high,
             "rollout.curriculum_high",
             f"must be at least rollout.curriculum_low ({self.curriculum_low}), got {self.curriculum_high}",
         )
-        require(self.top_p <= 1, "rollout.top_p", f"must be at most 1, got {self.top_p}")
+
+    @property
+    def policy_lag(self) -> int:
+        """Largest policy lag of a token, in optimizer steps."""
+        return {"sync": 0, "one_step": 1, "continuous": self.max_policy_lag}[self.mode]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +164,7 @@ class RewardConfig:
     """The paper's length-aware reward, R = accuracy_weight x R_acc + repetition_weight x R_rep."""
 
     max_tokens: int = 0
-    """L_max, the longest response that counts (0: rollout.max_new_tokens). The paper: 31,744."""
+    """L_max, the longest response that counts (0: sampling.max_new_tokens). The paper: 31,744."""
     positive_tokens: int = 0
     """L_pos: a right answer loses reward beyond this length (0: 25,600/31,744 of L_max)."""
     negative_tokens: int = 0
@@ -295,18 +328,13 @@ class EvalSettings:
     `phi4r merge`."""
     num_problems: int = 256
     """Problems per run, the first of the set (0: all)."""
-    temperature: float = 1.0
-    """Sampling temperature."""
-    max_new_tokens: int = 64
-    """Longest response."""
     compare: str = ""
     """Another checkpoint, evaluated on the same problems and compared in pairs ("": none)."""
     bootstrap: int = 2000
     """Resamples of problems and runs behind each interval."""
 
     def __post_init__(self) -> None:
-        at_least("eval", self, runs=1, part=0, num_problems=0, max_new_tokens=1, bootstrap=100)
-        positive("eval", self, "temperature")
+        at_least("eval", self, runs=1, part=0, num_problems=0, bootstrap=100)
 
 
 @dataclass(frozen=True, kw_only=True)

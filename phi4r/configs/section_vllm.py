@@ -1,4 +1,4 @@
-"""The `vllm` section: the servers behind `rollout.engine = "vllm"`."""
+"""The `vllm` section: the servers behind `sampling.engine = "vllm"`."""
 
 from __future__ import annotations
 
@@ -35,10 +35,6 @@ class VLLMConfig:
     weights_dir: str = ""
     """Folder that trainer and servers share, for what servers are started with and, with transfer "files",
     the weights of each step ("": RUN/weights)."""
-    max_in_flight: int = 64
-    """Requests sent to one server at once; the others wait in the trainer."""
-    request_timeout_s: float = 1800.0
-    """Seconds for one answer; a server that takes longer counts as failed."""
     start_timeout_s: float = 600.0
     """Seconds for a server to start, or to come back."""
     sync_timeout_s: float = 600.0
@@ -50,8 +46,8 @@ class VLLMConfig:
     (0: 0.001, or 0.05 in bf16)."""
 
     def __post_init__(self) -> None:
-        at_least("vllm", self, num_servers=1, max_in_flight=1, max_restarts=0, probe_tolerance=0)
-        positive("vllm", self, "request_timeout_s", "start_timeout_s", "sync_timeout_s")
+        at_least("vllm", self, num_servers=1, max_restarts=0, probe_tolerance=0)
+        positive("vllm", self, "start_timeout_s", "sync_timeout_s")
         for address in self.address_list:
             require(
                 address.startswith(("http://", "https://")),

@@ -12,6 +12,7 @@ from phi4r.configs.section_sampling import (
     ProblemsConfig,
     RewardConfig,
     RolloutConfig,
+    SamplingConfig,
 )
 from phi4r.configs.section_training import (
     CheckpointConfig,
@@ -41,6 +42,7 @@ __all__ = [
     "ProblemsConfig",
     "RewardConfig",
     "RolloutConfig",
+    "SamplingConfig",
     "TokenizerConfig",
     "TrainConfig",
     "VLLMConfig",

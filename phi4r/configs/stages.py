@@ -19,6 +19,7 @@ from phi4r.configs.sections import (
     ProblemsConfig,
     RewardConfig,
     RolloutConfig,
+    SamplingConfig,
     TokenizerConfig,
     TrainConfig,
     VLLMConfig,
@@ -110,6 +111,16 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
         "parallel.vpp",
         f"parallel.pp x parallel.vpp = {parallel.pp} x {parallel.vpp} does not divide model.num_layers"
         f" ({model.num_layers}); parallel.stage_layers can say which stage gets how many",
+    )
+
+
+def check_sampling(sampling: SamplingConfig, parallel: ParallelConfig) -> None:
+    """Refuse a layout for a stage that only talks to servers: raises ConfigError."""
+    require(
+        sampling.engine == "embedded" or parallel.world_size == 1,
+        "parallel",
+        f"{parallel.world_size} ranks have nothing to do with sampling.engine {sampling.engine!r}: servers"
+        " have a layout of their own (vllm.options)",
     )
 
 
@@ -208,6 +219,7 @@ class RLConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     problems: ProblemsConfig = field(default_factory=ProblemsConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     vllm: VLLMConfig = field(default_factory=VLLMConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -221,7 +233,7 @@ class RLConfig:
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", f"must be at least 0, got {self.seed}")
         check_layout(self.model, self.parallel)
-        rollout = self.rollout
+        rollout, sampling = self.rollout, self.sampling
         require(
             rollout.group_size >= 2,
             "rollout.group_size",
@@ -234,18 +246,24 @@ class RLConfig:
             f"must be 0 (all) or lie between 2 and rollout.group_size ({rollout.group_size}), got {keep}",
         )
         require(
-            rollout.staleness == 0 or self.objective.importance_cap > 0,
+            rollout.mode == "sync" or self.objective.importance_cap > 0,
             "objective.importance_cap",
-            f"must be above 0 with rollout.staleness = {rollout.staleness}: the samples are of older weights",
+            f"must be above 0 with rollout.mode {rollout.mode!r}: the samples are of older weights",
         )
+        require(
+            sampling.engine != "openai",
+            "sampling.engine",
+            '"openai" is not for RL: it needs the policy\'s own weights and their log-probs',
+        )
+        require(sampling.temperature > 0, "sampling.temperature", "must be greater than 0 for RL, got 0")
         bias = "must be {} for RL (a filtered sampler is not the policy, which biases the ratio), got {}"
-        require(rollout.top_p == 1.0, "rollout.top_p", bias.format("1.0", rollout.top_p))
-        require(rollout.top_k == 0, "rollout.top_k", bias.format("0", rollout.top_k))
-        longest = rollout.max_prompt_tokens + rollout.max_new_tokens
+        require(sampling.top_p == 1.0, "sampling.top_p", bias.format("1.0", sampling.top_p))
+        require(sampling.top_k == 0, "sampling.top_k", bias.format("0", sampling.top_k))
+        longest = rollout.max_prompt_tokens + sampling.max_new_tokens
         require(
             longest <= self.model.max_position_embeddings,
-            "rollout.max_new_tokens",
-            f"rollout.max_prompt_tokens + rollout.max_new_tokens = {longest} is beyond"
+            "sampling.max_new_tokens",
+            f"rollout.max_prompt_tokens + sampling.max_new_tokens = {longest} is beyond"
             f" model.max_position_embeddings ({self.model.max_position_embeddings})",
         )
         check_precision(self.model, self.parallel, self.optimizer, self.train)
@@ -254,7 +272,7 @@ class RLConfig:
             "train.fp8",
             "is for SFT: in RL the model also decodes a few tokens at a time, which FP8 products do not take",
         )
-        self.reward.resolved(rollout.max_new_tokens)  # its own check, now that L_max is known
+        self.reward.resolved(sampling.max_new_tokens)  # its own check, now that L_max is known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,10 +285,12 @@ class CurateConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     problems: ProblemsConfig = field(default_factory=ProblemsConfig)
     curate: CurateSettings = field(default_factory=CurateSettings)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", f"must be at least 0, got {self.seed}")
+        check_sampling(self.sampling, self.parallel)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,9 +304,12 @@ class EvalConfig:
     problems: ProblemsConfig = field(default_factory=ProblemsConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     eval: EvalSettings = field(default_factory=EvalSettings)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", f"must be at least 0, got {self.seed}")
+        check_sampling(self.sampling, self.parallel)
 
 
 StageConfig = SFTConfig | RLConfig | CurateConfig | EvalConfig

@@ -18,8 +18,8 @@ from phi4r.data.records import load_problems, problem_row
 from phi4r.data.render import render_prompt
 from phi4r.parallel.launch import run_handler
 from phi4r.parallel.layout import distributed_session
-from phi4r.rl.grade import to_samples
-from phi4r.sampling.embedded import EmbeddedEngine, SampleRequest, SamplingOptions
+from phi4r.sampling.embedded import EmbeddedEngine
+from phi4r.sampling.types import SampleRequest, SamplingOptions, to_samples
 from phi4r.tasks import grade_responses
 from phi4r.train.session import open_inference
 from phi4r.verify.pool import VerifierPool
@@ -54,8 +54,8 @@ def measure(config: CurateConfig, path: Path, k: int) -> list[float]:
             for problem, prompt in zip(problems, prompts, strict=True)
             for sample in range(k)
         ]
-        sampler = EmbeddedEngine(opened.engine, tokenizer.eos_ids, config.rollout.num_slots)
-        options = SamplingOptions(config.rollout.max_new_tokens, config.rollout.temperature)
+        sampler = EmbeddedEngine(opened.engine, tokenizer.eos_ids, config.sampling.num_slots)
+        options = SamplingOptions(config.sampling.max_new_tokens, config.sampling.temperature)
         samples = to_samples(sampler.generate(requests, options), prompts, k, tokenizer)
         with VerifierPool() as pool:
             verdicts = grade_responses([(problems[s.prompt_index], s.text) for s in samples], pool)

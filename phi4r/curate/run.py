@@ -217,7 +217,7 @@ def _measure(state: _State, run_dir: Path, config: CurateConfig, sample: SampleP
     model = {
         "k": k,
         "seed": config.seed,
-        "rollout": asdict(config.rollout),
+        "sampling": asdict(config.sampling),
         "checkpoint": _folder_stamp(settings.checkpoint),
     }
     band = {"low": settings.band_low, "high": settings.band_high}

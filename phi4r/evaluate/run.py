@@ -28,10 +28,9 @@ from phi4r.evaluate.results import (
 )
 from phi4r.parallel.layout import broadcast_object, distributed_session
 from phi4r.rl.audit import write_audit
-from phi4r.rl.grade import to_samples
 from phi4r.rl.problems import get_problems
-from phi4r.rl.types import Sample
-from phi4r.sampling.embedded import EmbeddedEngine, SampleRequest, SamplingOptions
+from phi4r.sampling.embedded import EmbeddedEngine
+from phi4r.sampling.types import Sample, SampleRequest, SamplingOptions, to_samples
 from phi4r.tasks import grade_responses
 from phi4r.train.session import Inference, open_inference
 from phi4r.verify.pool import VerifierPool
@@ -72,7 +71,7 @@ def evaluate_checkpoint(cfg: EvalConfig, checkpoint: str, path: Path) -> Results
         opened,
         problems,
         cfg.eval.runs,
-        SamplingOptions(cfg.eval.max_new_tokens, cfg.eval.temperature),
+        SamplingOptions(cfg.sampling.max_new_tokens, cfg.sampling.temperature),
         (cfg.seed, Stream.EVAL_SAMPLES),
         cfg.problems.system_message,
         title=f"eval {Path(checkpoint).name}",

@@ -38,7 +38,7 @@ def the_work(config: SFTConfig | RLConfig, options: Options) -> Work:
     """Mean lengths: the options', else one document per row and responses of a quarter of the longest."""
     if isinstance(config, SFTConfig):
         return Work(options.document_tokens or config.data.seq_length, 0)
-    response = options.response_tokens or config.rollout.max_new_tokens // 4
+    response = options.response_tokens or config.sampling.max_new_tokens // 4
     return Work(options.document_tokens or response, response)
 
 
@@ -135,10 +135,10 @@ def simulated(loaded: Loaded, options: Options) -> None:
     if not isinstance(config, RLConfig):
         raise UserError(f"plan: --simulate is for rl, got {loaded.stage}")
     growth = [options.response_tokens] if options.response_tokens else split.GROWTH
-    if max(growth) >= config.rollout.max_new_tokens:
+    if max(growth) >= config.sampling.max_new_tokens:
         raise UserError(
-            f"plan: answers of {max(growth):,} tokens on average, but rollout.max_new_tokens is"
-            f" {config.rollout.max_new_tokens:,}: set --response-tokens"
+            f"plan: answers of {max(growth):,} tokens on average, but sampling.max_new_tokens is"
+            f" {config.sampling.max_new_tokens:,}: set --response-tokens"
         )
     found = split.plan_splits(config, cluster, growth, options.sync_seconds)
     for line in split.lines(found, config.train.num_steps):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from phi4r.configs.sections import RolloutConfig
 from phi4r.configs.stages import RLConfig, SFTConfig, stage_layers, vocab_rows
 from phi4r.plan.activations import Activations, Kernels
 from phi4r.plan.states import BYTES, FP32, States, rank_chunks, rank_elements, rank_states
@@ -65,7 +64,7 @@ def row_tokens(config: SFTConfig | RLConfig) -> int:
     if isinstance(config, SFTConfig):
         return config.data.seq_length
     rollout = config.rollout
-    longest = rollout.max_prompt_tokens + rollout.max_new_tokens
+    longest = rollout.max_prompt_tokens + config.sampling.max_new_tokens
     return config.parallel.fit_row(max(longest, rollout.row_tokens))
 
 
@@ -83,8 +82,8 @@ def kv_bytes(config: RLConfig, layers: int) -> int:
     model, rollout, parallel = config.model, config.rollout, config.parallel
     replicas = parallel.dp * parallel.cp
     samples = rollout.prompts_per_step * rollout.group_size
-    slots = min(rollout.num_slots, -(-samples // replicas))
-    longest = rollout.max_prompt_tokens + rollout.max_new_tokens
+    slots = min(config.sampling.num_slots, -(-samples // replicas))
+    longest = rollout.max_prompt_tokens + config.sampling.max_new_tokens
     per_token = 2 * model.num_query_groups // parallel.tp * model.head_dim * BYTES[model.dtype]
     return slots * longest * layers * per_token
 
@@ -121,7 +120,7 @@ def stage_memory(config: SFTConfig | RLConfig, pp_rank: int, kernels: Kernels | 
         chunks = rank_chunks(model, parallel, pp_rank)
         reference = width * sum(sum(weights) for weights in chunks)
         layers = sum(stage_layers(model.num_layers, parallel)[pp_rank])
-        if config.rollout.engine == RolloutConfig().engine:
+        if config.sampling.engine == "embedded":
             kv = kv_bytes(config, layers)
     return Memory(
         pp_rank=pp_rank,

@@ -177,8 +177,8 @@ def _generation(config: RLConfig, rates: Rates, work: Work) -> float:
     model, p, rollout = config.model, config.parallel, config.rollout
     width = BYTES[model.dtype]
     samples = -(-rollout.prompts_per_step * rollout.group_size // (p.dp * p.cp))
-    slots = min(rollout.num_slots, samples)
-    steps = max(float(rollout.max_new_tokens), samples * work.response_tokens / slots)
+    slots = min(config.sampling.num_slots, samples)
+    steps = max(float(config.sampling.max_new_tokens), samples * work.response_tokens / slots)
     weights = model.num_parameters * width / p.tp
     per_token = model.layer_sizes().cached_values * width * model.num_layers / p.tp
     keys = slots * (work.response_tokens / 2) * per_token

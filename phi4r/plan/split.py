@@ -69,7 +69,7 @@ class Simulations:
         if (tokens, draw) not in self._drawn:
             rollout = self.config.rollout
             count = rollout.prompts_per_step * rollout.group_size
-            spread = Lengths(tokens, SIGMA, rollout.max_new_tokens)
+            spread = Lengths(tokens, SIGMA, self.config.sampling.max_new_tokens)
             self._drawn[tokens, draw] = spread.draw(count, self.config.seed, draw)
         return self._drawn[tokens, draw]
 
@@ -143,7 +143,7 @@ def make_servers(config: RLConfig, cluster: Cluster, nodes: int) -> dict[int, Se
     """Servers that `nodes` nodes can be cut into, by the GPUs of each. UserError where none has room for the
     weights and a few of the longest sequences."""
     rollout, model, gpu = config.rollout, config.model, cluster.rates.gpu
-    longest = rollout.max_prompt_tokens + rollout.max_new_tokens
+    longest = rollout.max_prompt_tokens + config.sampling.max_new_tokens
     weights = model.num_parameters * BYTES[model.dtype]
     found = {}
     for tp in legal_tp(config, cluster)[0]:
@@ -153,7 +153,7 @@ def make_servers(config: RLConfig, cluster: Cluster, nodes: int) -> dict[int, Se
             found[tp] = Servers(
                 count=nodes * cluster.gpus_per_node // tp,
                 costs=(server_cost(config, cluster.rates, tp),),
-                slots=config.vllm.max_in_flight,
+                slots=config.sampling.max_in_flight,
                 kv_tokens=kv_tokens,
             )
     if not found:
@@ -200,9 +200,13 @@ def plan_splits(config: RLConfig, cluster: Cluster, growth: Sequence[int], sync_
     """Simulate every split in every mode. config: with a neutral layout, as for `search`; growth: mean
     responses, the splits are compared at the middle one; sync_s: 0 takes the estimate."""
     rollout = config.rollout
-    modes = [SYNCHRONOUS, ONE_STEP_OFF, over_sampled(rollout.staleness or DEFAULT_STALENESS)]
+    modes = [SYNCHRONOUS, ONE_STEP_OFF, over_sampled(rollout.policy_lag or DEFAULT_STALENESS)]
     # The trainer's GPUs hold no keys and values.
-    config = dataclasses.replace(config, rollout=dataclasses.replace(rollout, engine="vllm", staleness=0))
+    config = dataclasses.replace(
+        config,
+        sampling=dataclasses.replace(config.sampling, engine="vllm"),
+        rollout=dataclasses.replace(rollout, mode="sync"),
+    )
     weights = config.model.num_parameters * BYTES[config.model.dtype]
     runs = Simulations(config, cluster, sync_s or 2 * weights / (WEIGHTS_GB_S * 1e9))
     middle = growth[len(growth) // 2]

@@ -24,7 +24,7 @@ from rich.text import Text
 from phi4r.core.errors import UserError
 from phi4r.core.io import JsonlWriter, read_jsonl
 from phi4r.core.problem import Problem
-from phi4r.rl.types import Sample
+from phi4r.sampling.types import Sample
 from phi4r.verify.audit import audit_row, disagrees, drawn
 from phi4r.verify.strict import Verdict
 

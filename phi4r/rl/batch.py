@@ -26,7 +26,7 @@ from phi4r.objectives.grpo import (
     normalization_weights,
     token_loss,
 )
-from phi4r.rl.types import Sample
+from phi4r.sampling.types import Sample
 from phi4r.train.engine import RowTensors, TokenLoss
 
 

@@ -1,11 +1,10 @@
-"""The samples of a step: draw prompts, roll out, verify, reward, advantages; again where groups say nothing.
+"""Builds each step's training batch: sample, verify and reward, compute advantages.
 
-A group whose rewards are all equal has no advantages. With `rollout.max_draws` above 1 (DAPO's dynamic
-sampling, arXiv 2503.14476) more prompts are drawn until `prompts_per_step` groups have some; the others are
-logged and not trained on. Draws are numbered through the run, and (run seed, draw, prompt, sample) names the
-random stream of a sample, so the number of the next draw is all that a checkpoint has to remember.
-
-How a draw is sampled, and with weights of which age, is `rl.draws`' concern.
+A group whose rewards are all equal has no advantages. With `rollout.max_prompt_batches` above 1 (DAPO's
+dynamic sampling, arXiv 2503.14476) more prompt batches are sampled until `prompts_per_step` groups have some;
+the others are logged and not trained on. Batches are numbered through the run, and (run seed, batch, prompt,
+sample) names the random stream of a sample, so the number of the next batch is all that a checkpoint has to
+remember. When a batch is sampled, and with weights of which age, is the concern of `rl.queue`.
 """
 
 from __future__ import annotations
@@ -18,134 +17,169 @@ from typing import Any
 
 import numpy as np
 
+from phi4r.configs.sections import ObjectiveConfig, RewardConfig
 from phi4r.configs.stages import RLConfig
 from phi4r.core.problem import Problem
 from phi4r.core.seeds import Stream
 from phi4r.data.tokenizer import Tokenizer
 from phi4r.parallel.layout import broadcast_object
-from phi4r.rl.advantages import Advantages
-from phi4r.rl.curriculum import open_draws
-from phi4r.rl.draws import ContinuousDraws, DrawSampler, StepDraws
-from phi4r.rl.grade import grade, to_samples, to_trajectories
-from phi4r.rl.types import Trajectory
-from phi4r.sampling.embedded import BusySpan, Completion, RolloutEngine, SampleRequest
+from phi4r.rewards.length_aware import RewardParts, compute_reward
+from phi4r.rl.advantages import Advantages, filtered_advantages, group_advantages, kept_by_filter
+from phi4r.rl.curriculum import open_order
+from phi4r.rl.queue import PromptQueue
+from phi4r.sampling.types import Completion, RolloutEngine, Sample, SampleRequest, Span, to_samples
+from phi4r.tasks import grade_responses
 from phi4r.verify.audit import audit_counts
+from phi4r.verify.extract import think_block_is_valid
 from phi4r.verify.judge import judge_counts
 from phi4r.verify.pool import VerifierPool
+from phi4r.verify.strict import Verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectory:
+    """A sample after verification, reward and advantage (that of its group)."""
+
+    sample: Sample
+    problem: Problem
+    verdict: Verdict
+    reward: RewardParts
+    advantage: float
+
+    def record(self, step: int, tokenizer: Tokenizer) -> dict[str, Any]:
+        """One line of a rollout file (`rl.rollout_log`): plain JSON values."""
+        sample, reward = self.sample, self.reward.as_dict()
+        return {
+            "step": step,
+            "prompt_index": sample.prompt_index,
+            "sample_index": sample.sample_index,
+            "problem_id": self.problem.id,
+            "prompt": tokenizer.decode(sample.prompt_tokens.tolist()),
+            "text": sample.text,
+            "tokens": sample.tokens.tolist(),
+            "num_tokens": sample.num_tokens,
+            "finished": sample.finished,
+            "policy_version": sample.policy_version,
+            "version_spans": [list(span) for span in sample.version_spans],
+            "outcome": self.verdict.outcome,
+            "answer": self.verdict.answer or "",
+            "gold": self.problem.answer,
+            "reward": reward.pop("total"),
+            "reward_parts": reward,
+            "advantage": self.advantage,
+            "rollout_logprob_mean": float(np.mean(sample.logprobs)) if sample.num_tokens else 0.0,
+        }
 
 
 @dataclass(frozen=True)
 class StepSamples:
-    """`trajectories`: all that were sampled, draw after draw, prompts numbered through them; `groups`: their
-    report, [P, G]; `used`: those to train on; `sampling`: from when to when (`time.perf_counter`) engines
-    sampled, waited for or not, on rank 0; nothing for what an earlier start of the run had sampled."""
+    """`trajectories`: all that were sampled, batch after batch, prompts numbered through them; `groups`:
+    their report, [P, G]; `used`: those to train on; `sampling`: from when to when (`time.perf_counter`)
+    engines sampled, waited for or not, on rank 0; nothing for what an earlier start of the run had
+    sampled."""
 
     trajectories: list[Trajectory]
     groups: Advantages
     used: list[Trajectory]
-    num_draws: int
-    sampling: list[BusySpan]
+    num_batches: int
+    sampling: list[Span]
 
     def metrics(self, step: int) -> dict[str, Any]:
-        """Of everything that was sampled, the number of groups that are trained on, and how many optimizer
-        steps older than `step` the weights are that sampled a token: at most, and on average."""
+        """Of everything that was sampled; the number of groups that are trained on; max and mean policy lag,
+        in optimizer steps."""
         spans = [span for t in self.trajectories for span in t.sample.version_spans]
         num_tokens = sum(count for _, count in spans)
         return rollout_metrics(self.trajectories, self.groups) | {
-            "draws": self.num_draws,
+            "prompt_batches": self.num_batches,
             "used_groups": len(self.used) // self.groups.advantages.shape[1],
-            "staleness": max(step - version for version, _ in spans),
-            "mean_staleness": sum((step - version) * count for version, count in spans) / num_tokens,
+            "policy_lag": max(step - version for version, _ in spans),
+            "mean_policy_lag": sum((step - version) * count for version, count in spans) / num_tokens,
             "sampling_seconds": sum(end - start for start, end in self.sampling),
         }
 
 
 class Collector:
-    """Gives the loop the samples of each step. All ranks call, with the same arguments.
+    """The samples of each step. All ranks call, with the same arguments.
 
-    next_draw: the first draw that was not trained on yet; draws_state: what their order depends on
-    (`rl.curriculum`); the run remembers both. step: steps done.
+    next_batch: the first prompt batch that was not trained on yet; order_state: what the order of prompts
+    depends on (`rl.curriculum`); the run remembers both. step: steps done.
     """
 
     def __init__(
         self,
         cfg: RLConfig,
-        sampler: RolloutEngine,
+        engine: RolloutEngine,
         verifier: VerifierPool,
         tokenizer: Tokenizer,
         problems: Sequence[Problem],
         prompts: Sequence[tuple[int, ...]],
         run_dir: Path,
-        next_draw: int,
-        draws_state: dict[str, Any] | None = None,
+        next_batch: int,
+        order_state: dict[str, Any] | None = None,
         step: int = 0,
     ) -> None:
-        self.cfg, self.sampler, self.verifier, self.tokenizer = cfg, sampler, verifier, tokenizer
-        self.problems, self.prompts, self.next_draw = problems, prompts, next_draw
-        self.draws = open_draws(cfg.rollout, cfg.seed, problems, next_draw, draws_state)
-        self.sampled: DrawSampler
-        if cfg.rollout.continuous:
-            self.sampled = ContinuousDraws(cfg, sampler, self._requests, run_dir, next_draw, step)
-        else:
-            self.sampled = StepDraws(cfg, sampler, self._requests, run_dir, next_draw)
-
-    def before_sync(self) -> None:
-        """Wait for what must not see other weights."""
-        self.sampled.before_sync()
+        self.cfg, self.engine, self.verifier, self.tokenizer = cfg, engine, verifier, tokenizer
+        self.problems, self.prompts, self.next_batch = problems, prompts, next_batch
+        self.order = open_order(cfg.rollout, cfg.seed, problems, next_batch, order_state)
+        self.queue = PromptQueue(cfg, engine, self._requests, run_dir, next_batch, step)
 
     def _requests(self, number: int) -> list[SampleRequest]:
         return [
             SampleRequest(self.prompts[item], (self.cfg.seed, Stream.SAMPLES, number, index, sample))
-            for index, item in enumerate(self.draws.items(number))
+            for index, item in enumerate(self.order.items(number))
             for sample in range(self.cfg.rollout.group_size)
         ]
 
     def collect(self, step: int) -> StepSamples:
-        """The samples of the next draws for `step` (counted from 0), until enough groups are informative or
-        `rollout.max_draws` are done. Without a single informative group the first draw is what there is."""
+        """The samples of the next prompt batches for `step` (counted from 0), until enough groups are
+        informative or there are `rollout.max_prompt_batches`. Without a single informative group the first
+        batch is used."""
         rollout = self.cfg.rollout
-        per_draw, trajectories, reports = rollout.prompts_per_step, list[Trajectory](), list[Advantages]()
-        sampling = list[BusySpan]()
+        per_batch, trajectories, reports = rollout.prompts_per_step, list[Trajectory](), list[Advantages]()
+        sampling = list[Span]()
         while True:
-            completions, spans = self.sampled.take(self.next_draw, step)
+            completions, spans = self.queue.take(self.next_batch, step)
             oldest = min(completion.version for completion in completions)
-            assert step - oldest <= rollout.staleness, f"draw {self.next_draw} is of step {oldest}"
-            found, groups = self._graded(completions)
-            trajectories += [_renumbered(t, len(reports) * per_draw) for t in found]
+            assert step - oldest <= rollout.policy_lag, f"batch {self.next_batch} is of step {oldest}"
+            found, groups = self._graded(completions, len(reports) * per_batch)
+            trajectories += found
             reports.append(groups)
             sampling += spans
-            self.next_draw += 1
+            self.next_batch += 1
             num_informative = sum(int(report.informative.sum()) for report in reports)
-            if num_informative >= per_draw or len(reports) == rollout.max_draws:
+            if num_informative >= per_batch or len(reports) == rollout.max_prompt_batches:
                 break
         groups = Advantages(
             np.concatenate([report.advantages for report in reports]),
             np.concatenate([report.informative for report in reports]),
         )
-        chosen = set(range(per_draw))
-        if rollout.max_draws > 1 and groups.informative.any():
-            chosen = set(np.flatnonzero(groups.informative)[:per_draw].tolist())
+        chosen = set(range(per_batch))
+        if rollout.max_prompt_batches > 1 and groups.informative.any():
+            chosen = set(np.flatnonzero(groups.informative)[:per_batch].tolist())
         used = [t for t in trajectories if t.sample.prompt_index in chosen]
-        self.sampled.after_collect(self.next_draw, step)
+        self.queue.after_collect(self.next_batch, step)
         return StepSamples(trajectories, groups, used, len(reports), sampling)
 
-    def _graded(self, completions: Sequence[Completion]) -> tuple[list[Trajectory], Advantages]:
-        """The next draw as `group_size` verified and rewarded samples per problem. Rank 0 verifies; every
-        rank gets the same trajectories."""
-        cfg, items = self.cfg, self.draws.items(self.next_draw)
+    def _graded(
+        self, completions: Sequence[Completion], first_prompt: int
+    ) -> tuple[list[Trajectory], Advantages]:
+        """The next batch as `group_size` verified and rewarded samples per problem, prompts numbered from
+        `first_prompt`. Rank 0 verifies; every rank gets the same trajectories."""
+        cfg, items = self.cfg, self.order.items(self.next_batch)
         problems = [self.problems[item] for item in items]
         prompts = [self.prompts[item] for item in items]
         samples = to_samples(completions, prompts, cfg.rollout.group_size, self.tokenizer)
         graded = None
-        if self.sampler.layout.is_main:
-            settings = cfg.reward.resolved(cfg.rollout.max_new_tokens)
+        if self.engine.layout.is_main:
+            settings = cfg.reward.resolved(cfg.sampling.max_new_tokens)
             graded = grade(samples, problems, settings, self.verifier)
         verdicts, rewards = broadcast_object(graded)
         right = np.array([v.correct for v in verdicts]).reshape(len(items), -1).sum(1)
-        self.draws.record(self.next_draw, right.tolist(), cfg.rollout.group_size)
-        return to_trajectories(
+        self.order.record(self.next_batch, right.tolist(), cfg.rollout.group_size)
+        found, groups = to_trajectories(
             samples, problems, verdicts, rewards, cfg.rollout.group_size, cfg.objective
-        )  # fmt: skip
+        )
+        return [_renumbered(trajectory, first_prompt) for trajectory in found], groups
 
 
 def _renumbered(trajectory: Trajectory, first_prompt: int) -> Trajectory:
@@ -178,3 +212,54 @@ def rollout_metrics(trajectories: Sequence[Trajectory], groups: Advantages) -> d
         if chosen.any():
             metrics[name] = float(lengths[chosen].mean())
     return metrics
+
+
+def grade(
+    samples: Sequence[Sample], problems: Sequence[Problem], settings: RewardConfig, pool: VerifierPool
+) -> tuple[list[Verdict], list[RewardParts]]:
+    """Verdict and reward of each sample; `problems[sample.prompt_index]` is its problem, `settings` is
+    resolved."""
+    pairs = [(problems[s.prompt_index], s.text) for s in samples]
+    verdicts = grade_responses(pairs, pool, settings, [s.finished for s in samples])
+    rewards = [
+        compute_reward(
+            correct=verdict.correct,
+            think_valid=think_block_is_valid(sample.text),
+            finished=sample.finished,
+            tokens=sample.tokens,
+            settings=settings,
+        )
+        for sample, verdict in zip(samples, verdicts, strict=True)
+    ]
+    return verdicts, rewards
+
+
+def to_trajectories(
+    samples: Sequence[Sample],
+    problems: Sequence[Problem],
+    verdicts: Sequence[Verdict],
+    rewards: Sequence[RewardParts],
+    group_size: int,
+    objective: ObjectiveConfig,
+) -> tuple[list[Trajectory], Advantages]:
+    """Trajectories with their group's advantages, and the groups' report."""
+    totals = np.array([reward.total for reward in rewards]).reshape(-1, group_size)
+    if objective.group_keep:
+        lengths = np.array([sample.num_tokens for sample in samples]).reshape(-1, group_size)
+        kept = kept_by_filter(totals, lengths, objective.group_keep, objective.group_filter)
+        groups = filtered_advantages(totals, kept, objective.advantage_norm)
+    else:
+        groups = group_advantages(totals, objective.advantage_norm)
+    trajectories = [
+        Trajectory(
+            sample=sample,
+            problem=problems[sample.prompt_index],
+            verdict=verdict,
+            reward=reward,
+            advantage=float(advantage),
+        )
+        for sample, verdict, reward, advantage in zip(
+            samples, verdicts, rewards, groups.advantages.ravel(), strict=True
+        )
+    ]
+    return trajectories, groups

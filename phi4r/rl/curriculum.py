@@ -1,4 +1,4 @@
-"""Which prompts a draw gets: the epochs' permutations, or those that have something left to teach first.
+"""Which prompts a batch gets: the epochs' permutations, or first those that have something left to teach.
 
 `rollout.curriculum` = "none": every problem comes exactly once an epoch, in an order that (seed, epoch) fixes
 (`core.seeds`).
@@ -13,9 +13,9 @@ ones weighted by `DECAY` a visit; the `pass_rate` that curation wrote into the p
 
 in a random order in which the first kind stands before the second with odds `curriculum_rest` : 1
 (exponential keys; Efraimidis and Spirakis 2006). The order of an epoch is fixed when its first prompt is
-drawn, from the results of all draws before that one, less those that may still be in flight then:
-`rollout.staleness` x `rollout.max_draws`. So draws depend on the seed and on results, never on timing: a
-resumed run draws what an uninterrupted one draws, and a draw that is sampled ahead keeps its prompts.
+needed, from the results of all batches before that one, less those that may still be in flight then:
+the policy lag x `rollout.max_prompt_batches`. So batches depend on the seed and on results, never on timing:
+a resumed run gets the prompts of an uninterrupted one, and a batch that is sampled ahead keeps its prompts.
 """
 
 from __future__ import annotations
@@ -67,30 +67,30 @@ def epoch_items(
     return order
 
 
-class PromptDraws(Protocol):
-    """Which problems draw number `draw` gets. The same calls give the same answers on every rank."""
+class PromptOrder(Protocol):
+    """Which problems a batch gets. The same calls give the same answers on every rank."""
 
-    def items(self, draw: int) -> list[int]:
-        """Problems of a draw; draws are opened in order, and may be asked for again until recorded."""
+    def items(self, batch: int) -> list[int]:
+        """Problems of a batch; batches are opened in order, and may be asked for again until recorded."""
 
-    def record(self, draw: int, right: Sequence[int], samples: int) -> None:
-        """The results of a draw: right samples of each of its problems, of `samples` each."""
+    def record(self, batch: int, right: Sequence[int], samples: int) -> None:
+        """The results of a batch: right samples of each of its problems, of `samples` each."""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint has to remember, plain JSON."""
 
 
-class EpochDraws:
+class EpochOrder:
     """Every problem once an epoch; nothing to remember."""
 
-    def __init__(self, num_items: int, seed: int, per_draw: int) -> None:
-        self.num_items, self.seed, self.per_draw = num_items, seed, per_draw
+    def __init__(self, num_items: int, seed: int, per_batch: int) -> None:
+        self.num_items, self.seed, self.per_batch = num_items, seed, per_batch
 
-    def items(self, draw: int) -> list[int]:
-        """The permutations of the epochs, one after another, cut into draws."""
-        return items_of_step(self.num_items, self.seed, Stream.PROMPTS, draw, self.per_draw)
+    def items(self, batch: int) -> list[int]:
+        """The permutations of the epochs, one after another, cut into batches."""
+        return items_of_step(self.num_items, self.seed, Stream.PROMPTS, batch, self.per_batch)
 
-    def record(self, draw: int, right: Sequence[int], samples: int) -> None:
+    def record(self, batch: int, right: Sequence[int], samples: int) -> None:
         """Changes nothing."""
 
     def state(self) -> dict[str, Any]:
@@ -98,8 +98,8 @@ class EpochDraws:
         return {}
 
 
-class PassRateDraws:
-    """Draws by running pass rates. `lag`: draws that may be open when another one is begun."""
+class PassRateOrder:
+    """Batches by running pass rates. `lag`: batches that may be in flight when another one is begun."""
 
     def __init__(
         self,
@@ -107,30 +107,30 @@ class PassRateDraws:
         seed: int,
         rollout: RolloutConfig,
         known_rates: Mapping[int, float],
-        first_draw: int,
+        first_batch: int,
         state: Mapping[str, Any] | None,
     ) -> None:
         self.num_items, self.seed, self.rollout = num_items, seed, rollout
-        self.lag = rollout.staleness * rollout.max_draws
+        self.lag = rollout.policy_lag * rollout.max_prompt_batches
         self.counts: dict[int, tuple[float, float]] = {
             item: (PRIOR_SAMPLES * rate, PRIOR_SAMPLES) for item, rate in known_rates.items()
         }
         self.epoch = -1
         self.left: list[int] = []
-        self.next = first_draw
+        self.next = first_batch
         self.open: dict[int, list[int]] = {}
         self.results: dict[int, list[tuple[int, int, int]]] = {}
         if state:
             self._restore(state)
 
-    def items(self, draw: int) -> list[int]:
-        """The next problems of the epoch's order; its last draw goes on with the next epoch."""
-        while draw >= self.next:
-            self.open[self.next] = self._draw()
+    def items(self, batch: int) -> list[int]:
+        """The next problems of the epoch's order; its last batch is filled from the next epoch."""
+        while batch >= self.next:
+            self.open[self.next] = self._next_items()
             self.next += 1
-        return self.open[draw]
+        return self.open[batch]
 
-    def _draw(self) -> list[int]:
+    def _next_items(self) -> list[int]:
         items: list[int] = []
         while len(items) < self.rollout.prompts_per_step:
             if not self.left:
@@ -140,11 +140,11 @@ class PassRateDraws:
         return items
 
     def _begin_epoch(self) -> None:
-        due = [draw for draw in sorted(self.results) if draw < self.next - self.lag]
-        late = [draw for draw in self.open if draw < self.next - self.lag]
-        assert not late, f"draws {late} have no results yet, and draw {self.next} begins an epoch"
-        for draw in due:
-            self.counts = with_results(self.counts, self.results.pop(draw))
+        due = [batch for batch in sorted(self.results) if batch < self.next - self.lag]
+        late = [batch for batch in self.open if batch < self.next - self.lag]
+        assert not late, f"batches {late} have no results yet, and batch {self.next} begins an epoch"
+        for batch in due:
+            self.counts = with_results(self.counts, self.results.pop(batch))
         self.epoch += 1
         rollout = self.rollout
         band = (rollout.curriculum_low, rollout.curriculum_high)
@@ -152,10 +152,10 @@ class PassRateDraws:
             self.num_items, self.counts, band, rollout.curriculum_rest, self.seed, self.epoch
         )
 
-    def record(self, draw: int, right: Sequence[int], samples: int) -> None:
-        """Close a draw; its results are used from the next epoch on."""
-        items = self.open.pop(draw)
-        self.results[draw] = [(item, int(r), samples) for item, r in zip(items, right, strict=True)]
+    def record(self, batch: int, right: Sequence[int], samples: int) -> None:
+        """Close a batch; its results are used from the next epoch on."""
+        items = self.open.pop(batch)
+        self.results[batch] = [(item, int(r), samples) for item, r in zip(items, right, strict=True)]
 
     def state(self) -> dict[str, Any]:
         """All of it, as lists."""
@@ -164,8 +164,8 @@ class PassRateDraws:
             "epoch": self.epoch,
             "left": list(self.left),
             "next": self.next,
-            "open": [[draw, list(items)] for draw, items in self.open.items()],
-            "results": [[draw, [list(row) for row in rows]] for draw, rows in self.results.items()],
+            "open": [[batch, list(items)] for batch, items in self.open.items()],
+            "results": [[batch, [list(row) for row in rows]] for batch, rows in self.results.items()],
             "counts": [[item, right, samples] for item, (right, samples) in self.counts.items()],
         }
 
@@ -176,21 +176,22 @@ class PassRateDraws:
                 f" {self.num_items}: rollout.curriculum needs the same problems"
             )
         self.epoch, self.left, self.next = state["epoch"], list(state["left"]), state["next"]
-        self.open = {draw: list(items) for draw, items in state["open"]}
-        self.results = {draw: [(i, r, n) for i, r, n in rows] for draw, rows in state["results"]}
+        self.open = {batch: list(items) for batch, items in state["open"]}
+        self.results = {batch: [(i, r, n) for i, r, n in rows] for batch, rows in state["results"]}
         self.counts = {item: (right, samples) for item, right, samples in state["counts"]}
 
 
-def open_draws(
+def open_order(
     rollout: RolloutConfig,
     seed: int,
     problems: Sequence[Problem],
-    first_draw: int,
+    first_batch: int,
     state: Mapping[str, Any] | None = None,
-) -> PromptDraws:
-    """The draws of a run from `first_draw` on. `state`: what its checkpoint remembers, if it has one."""
+) -> PromptOrder:
+    """The order of a run's prompts from batch `first_batch` on. `state`: what its checkpoint remembers, if it
+    has one."""
     if rollout.curriculum == "none":
-        return EpochDraws(len(problems), seed, rollout.prompts_per_step)
+        return EpochOrder(len(problems), seed, rollout.prompts_per_step)
     rates = ((item, problem.meta.get("pass_rate")) for item, problem in enumerate(problems))
     known = {item: float(rate) for item, rate in rates if isinstance(rate, int | float)}
-    return PassRateDraws(len(problems), seed, rollout, known, first_draw, state)
+    return PassRateOrder(len(problems), seed, rollout, known, first_batch, state)

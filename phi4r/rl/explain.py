@@ -19,25 +19,26 @@ def explain(cfg: RLConfig) -> str:
     if objective.group_keep:
         best = {"length": "shortest", "efficiency": "best by reward per token"}[objective.group_filter]
         advantage += f" for the {objective.group_keep} {best} of {size}, 0 for the others"
-    rollout = cfg.rollout
+    rollout, lag = cfg.rollout, cfg.rollout.policy_lag
     old = "the weights that sampled"
-    if rollout.staleness:
-        age = "1 step" if rollout.staleness == 1 else f"{rollout.staleness} steps"
+    if lag:
+        age = "1 step" if lag == 1 else f"{lag} steps"
         old = "the weights before the step; pi_rollout: those that sampled"
-        old += f" the token, at most {age} older" if rollout.continuous else ", 1 step older"
+        old += f" the token, at most {age} older" if rollout.mode == "continuous" else ", 1 step older"
     policies = [
         f"pi: the policy; pi_old: {old}"
         + (" (one update per rollout: pi_old = pi, r_t = 1)" if objective.updates_per_rollout == 1 else ""),
-        f"samples: {cfg.rollout.prompts_per_step} prompts x {size}, from the {cfg.rollout.engine} engine at"
-        f" temperature {cfg.rollout.temperature:g}"
+        f"samples: {cfg.rollout.prompts_per_step} prompts x {size}, from the {cfg.sampling.engine} engine at"
+        f" temperature {cfg.sampling.temperature:g}"
         + (
-            f", drawn up to {cfg.rollout.max_draws} times until so many groups have rewards that differ"
-            if cfg.rollout.max_draws > 1
+            f", up to {rollout.max_prompt_batches} prompt batches until so many groups have rewards that"
+            " differ"
+            if rollout.max_prompt_batches > 1
             else ""
         )
         + (
-            f"; {rollout.staleness} later draws are sampled meanwhile, each trained on whole, in its turn"
-            if rollout.continuous
+            f"; {lag} later prompt batches are in flight meanwhile, each trained on complete, in its turn"
+            if rollout.mode == "continuous"
             else ""
         ),
     ]

@@ -1,10 +1,10 @@
 """GRPO on verifiable problems (reference section 4): the loop that made Phi-4-reasoning-plus.
 
-    give the sampler the weights -> draw prompts -> roll out group_size samples -> verify and reward ->
+    give the engine the weights -> choose prompts -> roll out group_size samples -> verify and reward ->
     advantages -> reference log-probs -> packed rows -> one or more optimizer steps -> log
 
-Every sample of a step comes from the weights that the step begins with or, with `rollout.staleness` = K,
-from weights that are at most K steps older (`rl.draws`). With one update per rollout the old policy is the
+Every sample of a step comes from the weights that the step begins with or, unless `rollout.mode` is sync,
+from weights of a bounded policy lag (`rl.queue`). With one update per rollout the old policy is the
 one that is trained, the ratio is 1 by definition, and no pass for old log-probs is run; where the sampler is
 another program or lags, `objective.importance_cap` weighs each token by what its log-prob under the weights
 that sampled it differs by.
@@ -26,11 +26,10 @@ from phi4r.data.packing import Document, PackedRow, pack, unpack
 from phi4r.parallel.layout import distributed_session, init_layout
 from phi4r.rl.audit import write_audit
 from phi4r.rl.batch import grpo_loss, response_documents, with_extra
-from phi4r.rl.collect import Collector
+from phi4r.rl.collect import Collector, Trajectory
 from phi4r.rl.problems import load_run_problems
 from phi4r.rl.rollout_log import write_rollouts
-from phi4r.rl.types import Trajectory
-from phi4r.sampling.open import open_sampler
+from phi4r.sampling.open import open_rollout_engine
 from phi4r.train.engine import Engine, StepResult
 from phi4r.train.loop import open_loop
 from phi4r.train.schedule import learning_rate
@@ -54,23 +53,23 @@ def main(cfg: RLConfig, run_dir: Path) -> None:
         with (
             VerifierPool(cfg.reward.verifier_workers, cfg.reward.verifier_timeout_s) as verifier,
             open_loop(cfg, run_dir, policy, tokenizer, "rl") as loop,
-            open_sampler(cfg, policy, tokenizer.eos_ids, prompts, run_dir) as sampler,
+            open_rollout_engine(cfg, policy, tokenizer.eos_ids, prompts, run_dir) as engine,
         ):
             collector = Collector(
-                cfg, sampler, verifier, tokenizer, problems, prompts, run_dir,
-                next_draw=loop.state.get("num_draws", loop.start_step), step=loop.start_step,
-                draws_state=loop.state.get("curriculum"),
+                cfg, engine, verifier, tokenizer, problems, prompts, run_dir,
+                next_batch=next_batch(loop.state, loop.start_step), step=loop.start_step,
+                order_state=loop.state.get("curriculum"),
             )  # fmt: skip
             for step in loop.steps():
                 loop.begin_step()
                 loop.clock.phase("rollout")
-                collector.before_sync()
+                collector.queue.before_sync()
                 loop.clock.phase("sync")
-                synced = sampler.sync(step)
+                synced = engine.sync(step)
                 loop.clock.phase("rollout")
                 found = collector.collect(step)
                 loop.clock.sampled(found.sampling)
-                loop.state |= {"num_draws": collector.next_draw, "curriculum": collector.draws.state()}
+                loop.state |= {"next_batch": collector.next_batch, "curriculum": collector.order.state()}
                 if layout.is_main:
                     rows = (t.record(step + 1, tokenizer) for t in found.trajectories)
                     write_rollouts(run_dir, step + 1, rows)
@@ -87,6 +86,11 @@ def main(cfg: RLConfig, run_dir: Path) -> None:
                 loop.finish_step(step, metrics, shown, sum(t.sample.num_tokens for t in found.used))
 
 
+def next_batch(state: dict[str, Any], start_step: int) -> int:
+    """The first prompt batch that a checkpoint's run has not trained on ("num_draws" in phi4r 0.1.0)."""
+    return int(state.get("next_batch", state.get("num_draws", start_step)))
+
+
 def update(
     cfg: RLConfig,
     policy: Engine,
@@ -101,8 +105,8 @@ def update(
     Where the samples are not `informative` the weights stay as they are and the metrics are only measured:
     groups without variance have no advantages, and what is left pulls on noise.
     """
-    objective, temperature = cfg.objective, cfg.rollout.temperature
-    constant = cfg.reward.resolved(cfg.rollout.max_new_tokens).max_tokens
+    objective, temperature = cfg.objective, cfg.sampling.temperature
+    constant = cfg.reward.resolved(cfg.sampling.max_new_tokens).max_tokens
     documents = response_documents(
         [t.sample for t in trajectories],
         [t.advantage for t in trajectories],
@@ -140,7 +144,7 @@ def deal(documents: Sequence[Document], num_updates: int, seed: int, step: int) 
 def row_length(cfg: RLConfig, documents: Sequence[Document]) -> int:
     """Tokens of a packed row: `rollout.row_tokens`, or more where the longest possible sample needs it."""
     longest = max(len(document.tokens) for document in documents)
-    possible = cfg.rollout.max_prompt_tokens + cfg.rollout.max_new_tokens
+    possible = cfg.rollout.max_prompt_tokens + cfg.sampling.max_new_tokens
     return cfg.parallel.fit_row(max(longest, possible, cfg.rollout.row_tokens))
 
 

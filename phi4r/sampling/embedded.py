@@ -8,8 +8,8 @@ token and tells the others.
 Seeds are counters (design contract 4): a request's key alone fixes its stream of uniform numbers, so the
 same samples come out whatever the number of slots, the order, or the layout.
 
-Engines also sample continuously (`rl.draws`): draws are opened, those that a step needs are finished, and
-what has begun of the others goes on after the next update from its tokens so far.
+Batches stay open until they are finished: while the engine finishes one, free slots sample the later ones,
+and their partial rollouts are resumed after the next update of the weights from their tokens so far.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -28,82 +27,14 @@ from torch import Tensor
 from phi4r.models.kv_cache import KVCache
 from phi4r.models.packed import HeadRequest, PackedContext
 from phi4r.parallel.attempt import beat
-from phi4r.parallel.layout import Layout
+from phi4r.sampling.types import Completion, PromptBatch, SampleRequest, SamplingOptions, Span
 from phi4r.train.engine import Engine
 
 PREFILL_TOKENS = 2048
 
 
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How tokens are drawn. temperature 0 takes the likeliest token; top_p and top_k filter (never in RL: a
-    filtered sampler is not the policy). Log-probs are those of the unfiltered distribution at this
-    temperature."""
-
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-
-
-@dataclass(frozen=True)
-class SampleRequest:
-    """A prompt and the counters, such as (run seed, step, prompt, sample), that fix its random stream."""
-
-    prompt_tokens: tuple[int, ...]
-    key: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Completion:
-    """tokens: sampled ids, the end token included where one came; logprobs: float32 [len(tokens)], natural
-    log, each under the weights that sampled its token; finished: an end token came; spans: (version, number
-    of tokens) of the weights behind the tokens, in order. A version counts optimizer steps. An unfinished one
-    of fewer than max_new_tokens is the beginning of an answer."""
-
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finished: bool = False
-    spans: list[tuple[int, int]] = field(default_factory=list)
-
-    @property
-    def version(self) -> int:
-        """Of the oldest weights behind a token."""
-        return min((version for version, _ in self.spans), default=0)
-
-    def is_whole(self, options: SamplingOptions) -> bool:
-        """Whether nothing can follow."""
-        return self.finished or len(self.tokens) >= options.max_new_tokens
-
-    def followed_by(self, more: Completion) -> Completion:
-        """This beginning and what was sampled after it."""
-        assert not self.finished
-        spans = [*self.spans]
-        for version, count in more.spans:
-            if spans and spans[-1][0] == version:
-                count += spans.pop()[1]
-            spans.append((version, count))
-        return Completion(
-            [*self.tokens, *more.tokens], [*self.logprobs, *more.logprobs], more.finished, spans
-        )
-
-
-@dataclass
-class OpenDraw:
-    """Requests that are sampled over one or more updates; `answers`: what there is of each, in order."""
-
-    requests: Sequence[SampleRequest]
-    options: SamplingOptions
-    answers: list[Completion]
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether every answer is."""
-        return all(answer.is_whole(self.options) for answer in self.answers)
-
-
 Key = tuple[int, int]
-"""(draw, request) of a sequence."""
+"""(batch, request) of a sequence."""
 
 
 @dataclass
@@ -164,75 +95,24 @@ def draw_tokens(logits_BV: Tensor, uniforms_B: Tensor, options: SamplingOptions)
     return tokens_B, logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
 
 
-Pending = Callable[[], list[Completion]]
-"""Waits for the completions of requests that were started; collective, the same on every rank."""
-Done = Callable[[list[Completion]], None]
-"""Called with the completions on rank 0 as soon as they are there, perhaps in another thread."""
-
-
-BusySpan = tuple[float, float]
-"""From when to when something was sampled, by `time.perf_counter`."""
-
-
-class RolloutEngine(Protocol):
-    """What the GRPO loop needs of an engine. All ranks call, with the same arguments."""
-
-    @property
-    def layout(self) -> Layout:
-        """This rank's place."""
-
-    def sync(self, version: int) -> dict[str, float]:
-        """Sample from now on with the trainer's weights as they are, after `version` optimizer steps; returns
-        metrics."""
-
-    def start(self, requests: Sequence[SampleRequest], options: SamplingOptions, done: Done) -> Pending:
-        """Begin to sample the completions of `requests`, in order, with the weights of the last `sync`. They
-        must be waited for before the next `start` or `sync`."""
-
-    def open(
-        self,
-        number: int,
-        requests: Sequence[SampleRequest],
-        options: SamplingOptions,
-        begun: Sequence[Completion],
-    ) -> None:
-        """Sample these requests from now on, over every `sync`, until `finish`; those of a lower number come
-        first. begun: what there already is of each. Not together with `start`."""
-
-    def finish(self, number: int) -> list[Completion]:
-        """The whole answers of an open draw, waited for; on every rank."""
-
-    def unfinished(self) -> dict[int, list[Completion]]:
-        """What is known on rank 0 of the answers of every open draw: those that are whole, and of the others
-        at least what there was at the last `sync`."""
-
-    def take_busy(self) -> list[BusySpan]:
-        """When, since this was last asked, open draws were sampled; on rank 0."""
-
-
 class EmbeddedEngine:
     """Samples with the weights of `engine`. stop_ids: token ids that end a sequence; num_slots: sequences
     decoded at once on each model copy; samples do not depend on it."""
+
+    is_concurrent = False
 
     def __init__(self, engine: Engine, stop_ids: Sequence[int], num_slots: int) -> None:
         self.engine, self.layout = engine, engine.layout
         self.stop_ids = frozenset(stop_ids)
         self.num_slots = num_slots
         self.version = 0
-        self._open: dict[int, OpenDraw] = {}
-        self._busy: list[BusySpan] = []
+        self._open: dict[int, PromptBatch] = {}
+        self._busy: list[Span] = []
 
     def sync(self, version: int) -> dict[str, float]:
         """Nothing has to move: the weights are the trainer's own."""
         self.version = version
         return {}
-
-    def start(self, requests: Sequence[SampleRequest], options: SamplingOptions, done: Done) -> Pending:
-        """Sample at once: these are the trainer's own processes, and they cannot train meanwhile."""
-        completions = self.generate(requests, options)
-        if self.layout.is_main:
-            done(completions)
-        return lambda: completions
 
     def generate(
         self,
@@ -244,9 +124,9 @@ class EmbeddedEngine:
 
         on_token(id) is called with every new token of request 0 on the ranks that sample it (to stream it).
         """
-        draw = OpenDraw(requests, options, [Completion()] * len(requests))
-        self._advance({0: draw}, 0, on_token)
-        return draw.answers
+        batch = PromptBatch(requests, options, [Completion()] * len(requests))
+        self._advance({0: batch}, 0, on_token)
+        return batch.answers
 
     def open(
         self,
@@ -256,12 +136,12 @@ class EmbeddedEngine:
         begun: Sequence[Completion],
     ) -> None:
         """See `RolloutEngine`; sampled in `finish`."""
-        self._open[number] = OpenDraw(requests, options, [*begun])
+        self._open[number] = PromptBatch(requests, options, [*begun])
 
     def finish(self, number: int) -> list[Completion]:
-        """See `RolloutEngine`; slots that have nothing to do for this draw go on with the later ones, and
-        what has begun of them stays as it is when this draw is whole."""
-        if not self._open[number].is_whole:
+        """See `RolloutEngine`; slots that this batch leaves free sample the later ones, whose partial
+        rollouts stay as they are when this batch is complete."""
+        if not self._open[number].is_complete:
             began = time.perf_counter()
             self._advance(self._open, number)
             self._busy.append((began, time.perf_counter()))
@@ -269,9 +149,9 @@ class EmbeddedEngine:
 
     def unfinished(self) -> dict[int, list[Completion]]:
         """See `RolloutEngine`; exact, on every rank."""
-        return {number: draw.answers for number, draw in self._open.items()}
+        return {number: batch.answers for number, batch in self._open.items()}
 
-    def take_busy(self) -> list[BusySpan]:
+    def take_busy(self) -> list[Span]:
         """See `RolloutEngine`."""
         taken, self._busy = self._busy, []
         return taken
@@ -279,29 +159,29 @@ class EmbeddedEngine:
     @torch.no_grad()
     def _advance(
         self,
-        draws: dict[int, OpenDraw],
+        batches: dict[int, PromptBatch],
         needed: int,
         on_token: Callable[[int], None] | None = None,
     ) -> None:
-        """Sample on every replica its share of `draws`, the lowest number first, until draw `needed` is
-        whole; the answers come to all ranks."""
+        """Sample on every replica its share of `batches`, the lowest number first, until batch `needed` is
+        complete; the answers come to all ranks."""
         for chunk in self.engine.chunks:
             chunk.eval()
-        options, layout = draws[needed].options, self.layout
-        assert all(draw.options == options for draw in draws.values())
+        options, layout = batches[needed].options, self.layout
+        assert all(batch.options == options for batch in batches.values())
         waiting = deque(
-            _Sequence.of((number, index), draw.requests[index], options, draw.answers[index])
-            for number, draw in sorted(draws.items())
-            for index in range(layout.replica, len(draw.requests), layout.num_replicas)
-            if not draw.answers[index].is_whole(options)
+            _Sequence.of((number, index), batch.requests[index], options, batch.answers[index])
+            for number, batch in sorted(batches.items())
+            for index in range(layout.replica, len(batch.requests), layout.num_replicas)
+            if not batch.answers[index].is_complete(options)
         )
-        local = self._sample_until(needed, waiting, options, len(draws) > 1, on_token)
+        local = self._sample_until(needed, waiting, options, len(batches) > 1, on_token)
         if layout.num_replicas > 1:
             shares: list[dict[Key, Completion] | None] = [None] * layout.world_size
             dist.all_gather_object(shares, local if layout.reports else None)
             local = {key: completion for share in shares if share for key, completion in share.items()}
         for (number, index), completion in local.items():
-            draws[number].answers[index] = completion
+            batches[number].answers[index] = completion
 
     def _sample_until(
         self,
@@ -311,8 +191,8 @@ class EmbeddedEngine:
         has_more: bool,
         on_token: Callable[[int], None] | None,
     ) -> dict[Key, Completion]:
-        """Sample until no sequence of the draw `needed` is left, here or, where there is more to do meanwhile
-        (`has_more`), on any replica. Returns what was begun or ended."""
+        """Sample until no sequence of the batch `needed` is left, here or, where there is more to do
+        meanwhile (`has_more`), on any replica. Returns what was begun or ended."""
         longest = max((len(s.prompt) for s in waiting), default=0) + options.max_new_tokens
         slots = min(self.num_slots, len(waiting))
         cache = KVCache(slots, longest, self.layout.device)
@@ -341,8 +221,8 @@ class EmbeddedEngine:
         return done | {sequence.key: sequence.completion(False, self.version) for sequence in live}
 
     def _is_needed(self, left: int, has_more: bool) -> bool:
-        """Whether sampling goes on with `left` needed sequences here. Replicas that may go on with later
-        draws agree on it in every round, so that all stop in the same one, run after run."""
+        """Whether sampling goes on with `left` needed sequences here. Replicas that may sample later
+        batches meanwhile agree on it in every round, so that all stop in the same one, run after run."""
         if not has_more or self.layout.num_replicas == 1:
             return left > 0
         most = torch.tensor([left], device=self.layout.device)

@@ -94,7 +94,7 @@ def _load(wish: Wish) -> Loaded | None:
         )
     source = (wish.recipe or None) if wish.stage == "eval" else wish.words[0]
     # What launch/rl_vllm.sbatch adds; the trainer's memory is then free of the cache of an embedded sampler.
-    added = ["rollout.engine=vllm", "vllm.registry=RUN/servers"] if wish.rollout_nodes else []
+    added = ["sampling.engine=vllm", "vllm.registry=RUN/servers"] if wish.rollout_nodes else []
     return load_stage(wish.stage, source, [*wish.overrides, *added])
 
 

@@ -270,7 +270,7 @@ def test_the_phi4_recipes_hold_the_papers_values() -> None:
     rl = load_stage("rl", "phi4_grpo").config
     assert isinstance(rl, RLConfig)
     assert (rl.rollout.prompts_per_step, rl.rollout.group_size, rl.optimizer.lr) == (64, 8, 5e-8)
-    assert (rl.rollout.max_prompt_tokens, rl.rollout.max_new_tokens) == (1024, 31_744)
+    assert (rl.rollout.max_prompt_tokens, rl.sampling.max_new_tokens) == (1024, 31_744)
     assert (rl.reward.max_tokens, rl.reward.positive_tokens, rl.reward.negative_tokens) == (
         31_744,
         25_600,

@@ -19,6 +19,7 @@ from phi4r.configs.sections import (
     ParallelConfig,
     RewardConfig,
     RolloutConfig,
+    SamplingConfig,
     TrainConfig,
 )
 from phi4r.configs.stages import STAGES, RLConfig, SFTConfig, check_layout, vocab_rows
@@ -100,7 +101,7 @@ REFUSED: list[tuple[Any, str, str]] = [
     (lambda: OptimizerConfig(beta2=1.0), "optimizer.beta2", "below 1"),
     (lambda: OptimizerConfig(lr=-1e-3), "optimizer.lr", "at least 0"),
     (lambda: TrainConfig(num_steps=0), "train.num_steps", "at least 1"),
-    (lambda: RolloutConfig(top_p=0.0), "rollout.top_p", "greater than 0"),
+    (lambda: SamplingConfig(top_p=0.0), "sampling.top_p", "greater than 0"),
     (lambda: RewardConfig(max_tokens=10, positive_tokens=10), "reward.positive_tokens", "below"),
     (lambda: ObjectiveConfig(dual_clip=0.5), "objective.dual_clip", "greater than 1"),
     (lambda: ObjectiveConfig(clip_low=1.1), "objective.clip_low", "at most 1"),
@@ -180,9 +181,9 @@ REFUSED: list[tuple[Any, str, str]] = [
         "gives 24",
     ),
     (lambda: RLConfig(train=FP8, model=ModelConfig(dtype="bf16")), "train.fp8", "is for SFT"),
-    (lambda: RLConfig(rollout=RolloutConfig(top_p=0.9)), "rollout.top_p", "biases the ratio"),
-    (lambda: RLConfig(rollout=RolloutConfig(top_k=50)), "rollout.top_k", "biases the ratio"),
-    (lambda: RLConfig(rollout=RolloutConfig(max_new_tokens=500)), "rollout.max_new_tokens", "564"),
+    (lambda: RLConfig(sampling=SamplingConfig(top_p=0.9)), "sampling.top_p", "biases the ratio"),
+    (lambda: RLConfig(sampling=SamplingConfig(top_k=50)), "sampling.top_k", "biases the ratio"),
+    (lambda: RLConfig(sampling=SamplingConfig(max_new_tokens=500)), "sampling.max_new_tokens", "564"),
     (
         lambda: RLConfig(reward=RewardConfig(positive_tokens=64)),
         "reward.positive_tokens",

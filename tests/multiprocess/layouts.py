@@ -27,7 +27,8 @@ from phi4r.models.names import load_weights, random_weights
 from phi4r.models.packed import PackedContext
 from phi4r.parallel.layout import init_layout
 from phi4r.rl.batch import grpo_loss
-from phi4r.sampling.embedded import Completion, EmbeddedEngine, SampleRequest, SamplingOptions
+from phi4r.sampling.embedded import EmbeddedEngine
+from phi4r.sampling.types import Completion, SampleRequest, SamplingOptions
 from phi4r.sampling.vllm.transfer import Snapshot
 from phi4r.train.engine import Engine, TokenLoss, sft_loss
 

@@ -20,16 +20,16 @@ NUM_KILLS, STEPS, PROBLEMS, PROMPTS, GROUP = 20, 60, 50, 4, 2
 WORDS = [
     "rl", "tiny", "--train.num_steps", str(STEPS), "--checkpoint.every", "3", "--problems.num_generated",
     str(PROBLEMS), "--rollout.prompts_per_step", str(PROMPTS), "--rollout.group_size", str(GROUP),
-    "--rollout.max_new_tokens", "8", "--objective.min_informative", "0",
+    "--sampling.max_new_tokens", "8", "--objective.min_informative", "0",
     "--model.hidden_size", "32", "--model.num_layers", "2", "--model.ffn_hidden_size", "64",
     "--model.head_dim", "8",
 ]  # fmt: skip
 MODES = {
     "synchronous": [],
-    "one step ahead": ["--rollout.staleness", "1", "--objective.importance_cap", "2"],
+    "one step ahead": ["--rollout.mode", "one_step", "--objective.importance_cap", "2"],
     "continuous": [
-        "--rollout.staleness", "2", "--rollout.continuous", "--objective.importance_cap", "2",
-        "--rollout.num_slots", "10",
+        "--rollout.mode", "continuous", "--objective.importance_cap", "2",
+        "--sampling.num_slots", "10",
     ],
 }  # fmt: skip
 

@@ -19,7 +19,7 @@ RL = [
     "3",
     "--rollout.prompts_per_step",
     "8",
-    "--rollout.max_new_tokens",
+    "--sampling.max_new_tokens",
     "24",
     "--objective.min_informative",
     "0",

@@ -30,21 +30,22 @@ SFT = [
 ]  # fmt: skip
 RL = [
     "rl", "tiny", "--train.num_steps", "6", "--checkpoint.every", "2", "--problems.num_generated", "24",
-    "--rollout.prompts_per_step", "4", "--rollout.group_size", "4", "--rollout.max_new_tokens", "12",
-    "--rollout.max_draws", "2", "--objective.min_informative", "0", "--objective.updates_per_rollout", "2",
+    "--rollout.prompts_per_step", "4", "--rollout.group_size", "4", "--sampling.max_new_tokens", "12",
+    "--rollout.max_prompt_batches", "2", "--objective.min_informative", "0",
+    "--objective.updates_per_rollout", "2",
 ]  # fmt: skip
 CASES = {
     "sft": SFT,
     "sft-dp2": [*SFT, "--parallel.dp", "2"],
     "rl": RL,
     "rl-ahead": [
-        *RL, "--rollout.staleness", "1", "--objective.importance_cap", "2",
+        *RL, "--rollout.mode", "one_step", "--objective.importance_cap", "2",
         "--rollout.curriculum", "pass_rate",
     ],
     # fewer slots than the 48 answers of three draws: beginnings are there at every checkpoint
     "rl-continuous": [
-        *RL, "--rollout.staleness", "2", "--rollout.continuous", "--objective.importance_cap", "2",
-        "--rollout.num_slots", "20", "--rollout.curriculum", "pass_rate",
+        *RL, "--rollout.mode", "continuous", "--objective.importance_cap", "2",
+        "--sampling.num_slots", "20", "--rollout.curriculum", "pass_rate",
     ],
 }  # fmt: skip
 DEADLINE_S = 240
@@ -100,10 +101,10 @@ def test_a_killed_run_continues_bit_for_bit(name: str, tmp_path: Path) -> None:
     whole, resumed = metrics(tmp_path / "whole"), metrics(tmp_path / "killed")
     assert [row["step"] for row in resumed] == list(range(1, len(whole) + 1))
     assert resumed == whole
-    if "--rollout.staleness" in words:
-        assert [row["staleness"] for row in whole] == [0, 1, 1, 1, 1, 1]  # two draws a step
-    if "--rollout.continuous" in words:
-        kept = (tmp_path / "whole" / "ahead").glob("open_*.jsonl")
+    if "--rollout.mode" in words:
+        assert [row["policy_lag"] for row in whole] == [0, 1, 1, 1, 1, 1]  # two draws a step
+    if "continuous" in words:
+        kept = (tmp_path / "whole" / "queue").glob("step_*.jsonl")
         lengths = {len(json.loads(line)["tokens"]) for path in kept for line in path.read_text().splitlines()}
         assert lengths & set(range(1, 12)), "a checkpoint has beginnings of answers"
     assert "resuming" in (tmp_path / "killed.log").read_text()

@@ -15,7 +15,8 @@ from phi4r.configs.sections import ModelConfig, OptimizerConfig, ParallelConfig,
 from phi4r.data.packing import Document, PackedRow, pack
 from phi4r.models.names import load_weights, random_weights, to_mcore, weight_table
 from phi4r.parallel.layout import Layout, init_layout
-from phi4r.sampling.embedded import EmbeddedEngine, SampleRequest, SamplingOptions
+from phi4r.sampling.embedded import EmbeddedEngine
+from phi4r.sampling.types import SampleRequest, SamplingOptions
 from phi4r.train.checkpoint import load_checkpoint
 from phi4r.train.engine import Engine, sft_loss
 from phi4r.train.save import save_checkpoint

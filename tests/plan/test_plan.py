@@ -71,7 +71,7 @@ def test_phi4_weights_and_adam_take_the_bytes_of_the_formula() -> None:
 
 
 def test_a_full_sequence_of_phi4_keeps_six_and_a_quarter_gib_of_keys_and_values() -> None:
-    config = recipe("rl", "phi4_grpo", "rollout.num_slots=1", "parallel.tp=1", "parallel.sp=false",
+    config = recipe("rl", "phi4_grpo", "sampling.num_slots=1", "parallel.tp=1", "parallel.sp=false",
                     "parallel.pp=1")  # fmt: skip
     assert isinstance(config, RLConfig)
     assert kv_bytes(config, config.model.num_layers) == 32_768 * 204_800

@@ -18,9 +18,8 @@ from phi4r.core.io import read_jsonl
 from phi4r.core.problem import Problem
 from phi4r.evaluate.run import checker
 from phi4r.rl.audit import MAX_ROWS, show_audit, write_audit
-from phi4r.rl.collect import rollout_metrics
-from phi4r.rl.grade import grade, to_trajectories
-from phi4r.rl.types import Sample
+from phi4r.rl.collect import grade, rollout_metrics, to_trajectories
+from phi4r.sampling.types import Sample
 from phi4r.verify.pool import VerifierPool
 from phi4r.verify.strict import Verdict
 

@@ -16,7 +16,7 @@ from phi4r.models.names import from_mcore, load_weights, local_weights, random_w
 from phi4r.objectives.grpo import Normalization
 from phi4r.parallel.layout import init_layout
 from phi4r.rl.batch import grpo_loss, response_documents, with_extra
-from phi4r.rl.types import Sample
+from phi4r.sampling.types import Sample
 from phi4r.train.engine import Engine, StepResult
 
 VOCAB, ROW, CONSTANT = 48, 40, 25

@@ -15,7 +15,7 @@ from phi4r.core.seeds import Stream, items_of_step
 from phi4r.data.tokenizer import Tokenizer
 from phi4r.parallel.layout import init_layout
 from phi4r.rl.collect import Collector, StepSamples
-from phi4r.sampling.embedded import BusySpan, Completion, Done, Pending, SampleRequest, SamplingOptions
+from phi4r.sampling.types import Completion, SampleRequest, SamplingOptions, Span
 from phi4r.tasks import get_task
 from phi4r.verify.pool import VerifierPool
 
@@ -27,22 +27,18 @@ class Writer:
     """An engine that answers by heart: samples with an even number rightly, and the others wrongly where the
     problem's number is among `hard`."""
 
+    is_concurrent = False
+
     def __init__(self, problems: Sequence[Problem], tokenizer: Tokenizer, hard: Sequence[int]) -> None:
         self.problems, self.tokenizer, self.hard = problems, tokenizer, set(hard)
         self.layout = init_layout(ParallelConfig())
         self.keys: list[tuple[int, ...]] = []
-        self.draws: dict[int, list[Completion]] = {}
+        self.batches: dict[int, list[Completion]] = {}
         self.version = 0
 
     def sync(self, version: int) -> dict[str, float]:
         self.version = version
         return {}
-
-    def start(self, requests: Sequence[SampleRequest], options: SamplingOptions, done: Done) -> Pending:
-        self.keys += [request.key for request in requests]
-        found = [self.answer(request.prompt_tokens[0], request.key[-1]) for request in requests]
-        done(found)
-        return lambda: found
 
     def open(
         self,
@@ -51,16 +47,19 @@ class Writer:
         options: SamplingOptions,
         begun: Sequence[Completion],
     ) -> None:
-        assert number not in self.draws
-        self.draws[number] = [self.answer(request.prompt_tokens[0], request.key[-1]) for request in requests]
+        assert number not in self.batches
+        self.keys += [request.key for request in requests]
+        self.batches[number] = [
+            self.answer(request.prompt_tokens[0], request.key[-1]) for request in requests
+        ]
 
     def finish(self, number: int) -> list[Completion]:
-        return self.draws.pop(number)
+        return self.batches.pop(number)
 
     def unfinished(self) -> dict[int, list[Completion]]:
-        return self.draws
+        return self.batches
 
-    def take_busy(self) -> list[BusySpan]:
+    def take_busy(self) -> list[Span]:
         return []
 
     def answer(self, number: int, sample: int) -> Completion:
@@ -81,7 +80,7 @@ def settings(max_draws: int, *more: str) -> RLConfig:
     return load_stage(
         "rl", "tiny",
         [f"rollout.prompts_per_step={PROMPTS}", f"rollout.group_size={GROUP}",
-         f"rollout.max_draws={max_draws}", f"seed={SEED}", *more],
+         f"rollout.max_prompt_batches={max_draws}", f"seed={SEED}", *more],
     ).config  # fmt: skip
 
 
@@ -99,7 +98,7 @@ def collected(
         settings(max_draws), engine, pool, tokenizer, problems, prompts, Path("unused"), first_draw
     )
     found = collector.collect(0)
-    assert collector.next_draw == first_draw + found.num_draws
+    assert collector.next_batch == first_draw + found.num_batches
     return found, engine
 
 
@@ -111,7 +110,7 @@ def numbers(found: StepSamples) -> list[int]:
 def test_prompts_are_drawn_until_enough_groups_differ(parts: Parts) -> None:
     hard = [drawn(4)[1], *drawn(5)[:1], *drawn(6)]
     found, engine = collected(parts, hard, max_draws=9, first_draw=4)
-    assert found.num_draws == 3
+    assert found.num_batches == 3
     assert numbers(found) == [drawn(4)[1], drawn(5)[0], drawn(6)[0]]  # no more than prompts_per_step
     assert len(found.used) == PROMPTS * GROUP
     assert all(t.advantage != 0 for t in found.used)
@@ -121,24 +120,24 @@ def test_prompts_are_drawn_until_enough_groups_differ(parts: Parts) -> None:
         for draw in (4, 5, 6) for prompt in range(PROMPTS) for sample in range(GROUP)
     ]  # fmt: skip
     metrics = found.metrics(0)
-    assert (metrics["draws"], metrics["used_groups"]) == (3, PROMPTS)
+    assert (metrics["prompt_batches"], metrics["used_groups"]) == (3, PROMPTS)
     assert metrics["zero_variance_share"] == pytest.approx(1 - 5 / 9)
 
 
 def test_the_last_draw_ends_the_search(parts: Parts) -> None:
     found, _ = collected(parts, drawn(1)[:1], max_draws=2)
-    assert (found.num_draws, numbers(found)) == (2, drawn(1)[:1])
+    assert (found.num_batches, numbers(found)) == (2, drawn(1)[:1])
 
 
 def test_without_any_group_that_differs_the_first_draw_is_taken(parts: Parts) -> None:
     found, _ = collected(parts, [], max_draws=2)
-    assert (found.num_draws, numbers(found)) == (2, drawn(0))
+    assert (found.num_batches, numbers(found)) == (2, drawn(0))
     assert not found.groups.informative.any()
 
 
 def test_one_draw_keeps_every_group(parts: Parts) -> None:
     found, _ = collected(parts, drawn(0)[:1], max_draws=1)
-    assert (found.num_draws, numbers(found)) == (1, drawn(0))
+    assert (found.num_batches, numbers(found)) == (1, drawn(0))
     assert found.used == found.trajectories
 
 
@@ -151,7 +150,7 @@ def test_draws_that_are_sampled_continuously_are_used_in_their_order_whatever_a_
     used = []
     for name, more in (
         ("plain", []),
-        ("continuous", ["rollout.continuous=true", "rollout.staleness=3", "objective.importance_cap=2"]),
+        ("continuous", ["rollout.mode=continuous", "rollout.max_policy_lag=3", "objective.importance_cap=2"]),
     ):
         engine = Writer(problems, tokenizer, hard)
         cfg = settings(3, *more)
@@ -160,7 +159,7 @@ def test_draws_that_are_sampled_continuously_are_used_in_their_order_whatever_a_
         for step in range(3):
             engine.sync(step)
             found.append(collector.collect(step))
-        assert [one.num_draws for one in found] == [2, 3, 1]
+        assert [one.num_batches for one in found] == [2, 3, 1]
         used.append([numbers(one) for one in found])
     assert used[0] == used[1]
-    assert sorted(engine.draws) == [6, 7, 8], "as many are open beyond the last one as samples may lag"
+    assert sorted(engine.batches) == [6, 7, 8], "as many are open beyond the last one as samples may lag"

@@ -15,8 +15,9 @@ from phi4r.configs.stages import RLConfig
 from phi4r.core.errors import ConfigError
 from phi4r.models.names import load_weights, random_weights
 from phi4r.parallel.layout import init_layout
-from phi4r.rl.draws import ContinuousDraws, StepDraws, sampling_options
-from phi4r.sampling.embedded import Completion, EmbeddedEngine, SampleRequest
+from phi4r.rl.queue import PromptQueue
+from phi4r.sampling.embedded import EmbeddedEngine
+from phi4r.sampling.types import Completion, SampleRequest, SamplingOptions
 from phi4r.train.engine import Engine
 from phi4r.train.folders import checkpoints_folder, step_name
 from tests.sampling.test_embedded import MODEL, STOP_IDS, rounding, trainers_logprobs
@@ -26,11 +27,11 @@ TEMPERATURE = 0.8
 
 
 def settings(*overrides: str, limit: int = LIMIT) -> RLConfig:
-    continuous = [f"rollout.staleness={limit}", "rollout.continuous=true", "objective.importance_cap=2"]
+    continuous = ["rollout.mode=continuous", f"rollout.max_policy_lag={limit}", "objective.importance_cap=2"]
     return load_stage(
         "rl", "tiny",
         [f"rollout.prompts_per_step={PROMPTS}", f"rollout.group_size={PER_DRAW // PROMPTS}",
-         f"rollout.temperature={TEMPERATURE}", "rollout.max_new_tokens=40", f"train.num_steps={STEPS}",
+         f"sampling.temperature={TEMPERATURE}", "sampling.max_new_tokens=40", f"train.num_steps={STEPS}",
          "checkpoint.every=100", *(continuous if limit else []), *overrides],
     ).config  # fmt: skip
 
@@ -65,27 +66,27 @@ def engine() -> Engine:
 
 
 def taken(
-    engine: Engine, draws: StepDraws | ContinuousDraws, steps: range, moves: bool = True
+    engine: Engine, queue: PromptQueue, steps: range, moves: bool = True
 ) -> dict[int, list[Completion]]:
     """The draws of these steps, one each, with other weights in each step."""
     found = {}
     for step in steps:
         give_weights(engine, step, moves)
-        draws.before_sync()
-        draws.sampler.sync(step)
-        found[step], _ = draws.take(step, step)
-        draws.after_collect(step + 1, step)
+        queue.before_sync()
+        queue.engine.sync(step)
+        found[step], _ = queue.take(step, step)
+        queue.after_collect(step + 1, step)
     return found
 
 
 def continuous(
     engine: Engine, run_dir: Path, num_slots: int, step: int = 0, cfg: RLConfig | None = None
-) -> ContinuousDraws:
+) -> PromptQueue:
     sampler = EmbeddedEngine(engine, STOP_IDS, num_slots)
-    return ContinuousDraws(cfg or settings(), sampler, requests, run_dir, step, step)
+    return PromptQueue(cfg or settings(), sampler, requests, run_dir, step, step)
 
 
-def staleness(found: dict[int, list[Completion]]) -> list[int]:
+def policy_lags(found: dict[int, list[Completion]]) -> list[int]:
     """Of the oldest token of each step."""
     return [step - min(c.version for c in completions) for step, completions in found.items()]
 
@@ -102,7 +103,7 @@ def test_with_frozen_weights_the_samples_are_those_of_synchronous_sampling(
     engine: Engine, tmp_path: Path, num_slots: int
 ) -> None:
     sampler = EmbeddedEngine(engine, STOP_IDS, PER_DRAW)
-    plain = StepDraws(settings(limit=0), sampler, requests, tmp_path / "plain", 0)
+    plain = PromptQueue(settings(limit=0), sampler, requests, tmp_path / "plain", 0, 0)
     expected = taken(engine, plain, range(STEPS), moves=False)
     found = taken(engine, continuous(engine, tmp_path, num_slots), range(STEPS), moves=False)
     for step in range(STEPS):
@@ -112,7 +113,7 @@ def test_with_frozen_weights_the_samples_are_those_of_synchronous_sampling(
         assert np.abs(values[0] - values[1]).max() <= rounding(values[1], TEMPERATURE)
     lengths = [len(c.tokens) for completions in expected.values() for c in completions]
     assert len(set(lengths)) > 10, "answers should end at different times"
-    assert max(staleness(expected)) == 0
+    assert max(policy_lags(expected)) == 0
     if num_slots < 500:
         assert any(len(c.spans) > 1 for completions in found.values() for c in completions)
 
@@ -125,11 +126,11 @@ def test_with_frozen_weights_the_samples_are_those_of_synchronous_sampling(
 def test_every_token_has_the_logprob_of_the_weights_of_its_version(
     engine: Engine, tmp_path: Path, limit: int, num_slots: int
 ) -> None:
-    draws = continuous(engine, tmp_path, num_slots, cfg=settings(limit=limit))
-    found = taken(engine, draws, range(STEPS))
-    assert all(0 <= lag <= limit for lag in staleness(found))
+    queue = continuous(engine, tmp_path, num_slots, cfg=settings(limit=limit))
+    found = taken(engine, queue, range(STEPS))
+    assert all(0 <= lag <= limit for lag in policy_lags(found))
     if num_slots == 30:
-        assert max(staleness(found)) == limit
+        assert max(policy_lags(found)) == limit
     made = [request for step in range(STEPS) for request in requests(step)]
     completions = [c for step in range(STEPS) for c in found[step]]
     versions = [np.repeat(*np.array(c.spans).T) for c in completions]
@@ -155,8 +156,8 @@ def test_a_run_that_goes_back_to_a_kept_checkpoint_finds_the_answers_begun_then(
     for step in (3, 5):
         (checkpoints_folder(tmp_path) / step_name(step)).mkdir(parents=True)
     whole = taken(engine, continuous(engine, tmp_path, num_slots), range(STEPS))
-    kept = sorted(path.name for path in (tmp_path / "ahead").iterdir())
-    assert kept == [f"open_{step:06d}.jsonl" for step in (3, 5, STEPS - 1, STEPS)]
+    kept = sorted(path.name for path in (tmp_path / "queue").iterdir())
+    assert kept == [f"step_{step:06d}.jsonl" for step in (3, 5, STEPS - 1, STEPS)]
     resumed = continuous(engine, tmp_path, num_slots, back_to)
     assert bool(resumed.begun)
     assert taken(engine, resumed, range(back_to, STEPS)) == {
@@ -169,19 +170,19 @@ def test_files_of_a_future_that_will_not_be_are_deleted_and_an_older_one_serves(
 ) -> None:
     taken(engine, continuous(engine, tmp_path, 14), range(4))  # leaves those after 3 and 4 steps
     assert not continuous(engine, tmp_path, 14, 2).begun
-    assert not list((tmp_path / "ahead").iterdir())
+    assert not list((tmp_path / "queue").iterdir())
     taken(engine, continuous(engine, tmp_path, 14), range(3))
     resumed = continuous(engine, tmp_path, 14, 4)  # what there was after 3 steps of draws 4 and 5
     assert set(resumed.begun) == {4}
     found = taken(engine, resumed, range(4, STEPS))
-    assert all(lag <= LIMIT for lag in staleness(found))
+    assert all(lag <= LIMIT for lag in policy_lags(found))
 
 
 def test_what_is_too_old_for_a_lowered_limit_is_sampled_anew(engine: Engine, tmp_path: Path) -> None:
     taken(engine, continuous(engine, tmp_path, 500, cfg=settings(limit=4)), range(2))
     resumed = continuous(engine, tmp_path, 500, 2, cfg=settings(limit=1))
     assert not any(answer.tokens for answers in resumed.begun.values() for answer in answers)
-    assert all(lag <= 1 for lag in staleness(taken(engine, resumed, range(2, STEPS))))
+    assert all(lag <= 1 for lag in policy_lags(taken(engine, resumed, range(2, STEPS))))
 
 
 def test_a_beginning_from_other_settings_is_not_taken_up(engine: Engine, tmp_path: Path) -> None:
@@ -192,10 +193,10 @@ def test_a_beginning_from_other_settings_is_not_taken_up(engine: Engine, tmp_pat
 
 
 def test_nothing_is_sampled_for_steps_beyond_the_last(engine: Engine, tmp_path: Path) -> None:
-    draws = continuous(engine, tmp_path, 500)
-    taken(engine, draws, range(STEPS))
-    assert draws.next_open == STEPS
-    assert draws.sampler.unfinished() == {}
+    queue = continuous(engine, tmp_path, 500)
+    taken(engine, queue, range(STEPS))
+    assert queue.next_open == STEPS
+    assert queue.engine.unfinished() == {}
 
 
 # --- completions and settings
@@ -207,18 +208,18 @@ def test_a_beginning_and_what_follows_it_share_a_span_where_the_weights_are_the_
     assert begun.followed_by(more) == Completion([5, 6, 7], [-1.0, -2.0, -3.0], True, [(3, 1), (4, 2)])
     assert begun.followed_by(Completion()) == begun
     assert (begun.version, Completion().version) == (3, 0)
-    options = sampling_options(settings())
-    assert not begun.is_whole(options)
-    assert Completion([5] * 40, [0.0] * 40, False, [(0, 40)]).is_whole(options)
+    options = SamplingOptions(40)
+    assert not begun.is_complete(options)
+    assert Completion([5] * 40, [0.0] * 40, False, [(0, 40)]).is_complete(options)
 
 
 @pytest.mark.parametrize(
     ("key", "overrides"),
     [
-        ("rollout.staleness", ["rollout.staleness=2"]),
-        ("rollout.staleness", ["rollout.staleness=-1"]),
-        ("rollout.continuous", ["rollout.continuous=true"]),
-        ("objective.importance_cap", ["rollout.continuous=true", "rollout.staleness=2"]),
+        ("rollout.mode", ["rollout.mode=always"]),
+        ("rollout.max_policy_lag", ["rollout.mode=continuous", "rollout.max_policy_lag=0"]),
+        ("objective.importance_cap", ["rollout.mode=one_step"]),
+        ("objective.importance_cap", ["rollout.mode=continuous"]),
     ],
 )
 def test_impossible_combinations_are_refused_by_the_key_to_change(key: str, overrides: list[str]) -> None:

@@ -14,11 +14,11 @@ from phi4r.core.errors import ConfigError, UserError
 from phi4r.core.problem import Problem
 from phi4r.core.seeds import Stream, items_of_step
 from phi4r.rl.curriculum import (
-    EpochDraws,
-    PassRateDraws,
-    PromptDraws,
+    EpochOrder,
+    PassRateOrder,
+    PromptOrder,
     epoch_items,
-    open_draws,
+    open_order,
     pass_rate,
     with_results,
 )
@@ -33,7 +33,7 @@ def ability(item: int) -> int:
     return (0, 4, SAMPLES)[item % 3]
 
 
-def run(draws: PromptDraws, first: int, until: int, right: Callable[[int], int] = ability) -> list[list[int]]:
+def run(draws: PromptOrder, first: int, until: int, right: Callable[[int], int] = ability) -> list[list[int]]:
     found = []
     for draw in range(first, until):
         items = draws.items(draw)
@@ -44,8 +44,8 @@ def run(draws: PromptDraws, first: int, until: int, right: Callable[[int], int] 
 
 
 def test_off_draws_what_was_drawn_before_there_was_a_curriculum() -> None:
-    draws = open_draws(RolloutConfig(prompts_per_step=7), SEED, PROBLEMS, 3)
-    assert isinstance(draws, EpochDraws)
+    draws = open_order(RolloutConfig(prompts_per_step=7), SEED, PROBLEMS, 3)
+    assert isinstance(draws, EpochOrder)
     expected = [items_of_step(NUM, SEED, Stream.PROMPTS, draw, 7) for draw in range(3, 20)]
     assert run(draws, 3, 20) == expected
     assert draws.state() == {}
@@ -91,14 +91,14 @@ def test_what_teaches_stands_before_the_rest_with_the_odds_that_are_promised() -
 
 
 def test_without_known_rates_the_first_epoch_holds_every_problem_once() -> None:
-    draws = open_draws(BY_RATE, SEED, PROBLEMS, 0)
+    draws = open_order(BY_RATE, SEED, PROBLEMS, 0)
     found = [item for items in run(draws, 0, 7) for item in items]
     assert len(found) == len(set(found)) == 28
     assert sorted(found + draws.items(7)[:2]) == list(range(NUM))
 
 
 def test_later_epochs_leave_out_most_of_what_teaches_nothing() -> None:
-    found = [item for items in run(open_draws(BY_RATE, SEED, PROBLEMS, 0), 0, 60) for item in items][NUM:]
+    found = [item for items in run(open_order(BY_RATE, SEED, PROBLEMS, 0), 0, 60) for item in items][NUM:]
     kinds = Counter(item % 3 for item in found)
     assert kinds[1] > 1.2 * (kinds[0] + kinds[2])
     assert set(found) == set(range(NUM))
@@ -109,9 +109,9 @@ def test_a_pass_rate_from_curation_counts_from_the_first_epoch_on() -> None:
         Problem(id=str(i), problem="?", answer="1", meta={"pass_rate": (0.0, 0.5, None)[i % 3]})
         for i in range(NUM)
     ]
-    draws = open_draws(BY_RATE, SEED, problems, 0)
+    draws = open_order(BY_RATE, SEED, problems, 0)
     draws.items(0)
-    assert isinstance(draws, PassRateDraws)
+    assert isinstance(draws, PassRateOrder)
     first = [*draws.items(0), *draws.left]
     assert {item for item in first if item % 3} == {item for item in range(NUM) if item % 3}
     assert 0 < sum(item % 3 == 0 for item in first) < NUM / 3
@@ -120,24 +120,29 @@ def test_a_pass_rate_from_curation_counts_from_the_first_epoch_on() -> None:
 @pytest.mark.parametrize("stop", [1, 7, 8, 13, 29])
 @pytest.mark.proves("A resumed curriculum draws what an uninterrupted one draws", how="the checkpoint's JSON")
 def test_a_resumed_run_draws_the_same_prompts(stop: int) -> None:
-    whole = run(open_draws(BY_RATE, SEED, PROBLEMS, 0), 0, 40)
-    first = open_draws(BY_RATE, SEED, PROBLEMS, 0)
+    whole = run(open_order(BY_RATE, SEED, PROBLEMS, 0), 0, 40)
+    first = open_order(BY_RATE, SEED, PROBLEMS, 0)
     assert run(first, 0, stop) == whole[:stop]
     state = json.loads(json.dumps(first.state()))
     first.items(stop)  # after the checkpoint the run goes on, and is killed
-    assert run(open_draws(BY_RATE, SEED, PROBLEMS, stop, state), stop, 40) == whole[stop:]
+    assert run(open_order(BY_RATE, SEED, PROBLEMS, stop, state), stop, 40) == whole[stop:]
     with pytest.raises(UserError, match="curriculum is of 30 problems, this run has 29"):
-        open_draws(BY_RATE, SEED, PROBLEMS[1:], stop, state)
+        open_order(BY_RATE, SEED, PROBLEMS[1:], stop, state)
 
 
 def test_draws_that_are_open_ahead_change_nothing_but_when_results_are_used() -> None:
     """With a lag of 2, whether 0, 1 or 2 draws are open when the next begins, the prompts are the same."""
     rollout = RolloutConfig(
-        curriculum="pass_rate", prompts_per_step=4, group_size=8, staleness=1, max_draws=2, curriculum_rest=3
+        curriculum="pass_rate",
+        prompts_per_step=4,
+        group_size=8,
+        mode="one_step",
+        max_prompt_batches=2,
+        curriculum_rest=3,
     )
     found = []
     for ahead in range(3):
-        draws = open_draws(rollout, SEED, PROBLEMS, 0)
+        draws = open_order(rollout, SEED, PROBLEMS, 0)
         orders = []
         for draw in range(40):
             draws.items(draw + ahead)
@@ -145,14 +150,14 @@ def test_draws_that_are_open_ahead_change_nothing_but_when_results_are_used() ->
             draws.record(draw, [ability(item) for item in orders[-1]], SAMPLES)
         found.append(orders)
     assert found[0] == found[1] == found[2]
-    draws = open_draws(rollout, SEED, PROBLEMS, 0)
+    draws = open_order(rollout, SEED, PROBLEMS, 0)
     with pytest.raises(AssertionError, match="have no results yet"):
         draws.items(30)
 
 
 def test_results_and_nothing_else_decide() -> None:
-    easy = run(open_draws(BY_RATE, SEED, PROBLEMS, 0), 0, 40, lambda item: SAMPLES)
-    mixed = run(open_draws(BY_RATE, SEED, PROBLEMS, 0), 0, 40)
+    easy = run(open_order(BY_RATE, SEED, PROBLEMS, 0), 0, 40, lambda item: SAMPLES)
+    mixed = run(open_order(BY_RATE, SEED, PROBLEMS, 0), 0, 40)
     assert easy[:7] == mixed[:7]
     assert easy[8:] != mixed[8:]
     assert {item for items in easy for item in items} == set(range(NUM))

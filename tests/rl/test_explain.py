@@ -33,8 +33,8 @@ def test_filters_and_norms_are_said_as_they_are() -> None:
     assert line("objective.group_keep=4", "objective.group_filter=efficiency") == (
         "A_t = (R_i - mean(R kept)) / std(R kept) for the 4 best by reward per token of 8, 0 for the others"
     )
-    drawn = explain(load_stage("rl", "tiny", ["rollout.max_draws=4"]).config).splitlines()[1]
-    assert drawn.endswith(", drawn up to 4 times until so many groups have rewards that differ")
+    drawn = explain(load_stage("rl", "tiny", ["rollout.max_prompt_batches=4"]).config).splitlines()[1]
+    assert drawn.endswith(", up to 4 prompt batches until so many groups have rewards that differ")
 
 
 def test_the_age_of_samples_is_said() -> None:
@@ -42,10 +42,12 @@ def test_the_age_of_samples_is_said() -> None:
         found = load_stage("rl", "tiny", ["objective.importance_cap=2", *overrides])
         return explain(found.config).splitlines()[:2]
 
-    assert lines("rollout.staleness=1")[0] == (
+    assert lines("rollout.mode=one_step")[0] == (
         "pi: the policy; pi_old: the weights before the step; pi_rollout: those that sampled, 1 step older"
         " (one update per rollout: pi_old = pi, r_t = 1)"
     )
-    policies, samples = lines("rollout.staleness=2", "rollout.continuous=true")
+    policies, samples = lines("rollout.mode=continuous")
     assert "pi_rollout: those that sampled the token, at most 2 steps older" in policies
-    assert samples.endswith("; 2 later draws are sampled meanwhile, each trained on whole, in its turn")
+    assert samples.endswith(
+        "; 2 later prompt batches are in flight meanwhile, each trained on complete, in its turn"
+    )

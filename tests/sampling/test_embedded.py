@@ -16,15 +16,8 @@ from phi4r.data.packing import Document, pack, unpack
 from phi4r.models.names import load_weights, random_weights
 from phi4r.parallel.layout import init_layout
 from phi4r.sampling import embedded as rollout
-from phi4r.sampling.embedded import (
-    PREFILL_TOKENS,
-    Completion,
-    EmbeddedEngine,
-    SampleRequest,
-    SamplingOptions,
-    draw_tokens,
-    uniforms,
-)
+from phi4r.sampling.embedded import PREFILL_TOKENS, EmbeddedEngine, draw_tokens, uniforms
+from phi4r.sampling.types import Completion, SampleRequest, SamplingOptions
 from phi4r.train.engine import Engine
 
 VOCAB, STOP_IDS = 64, (3, 4)

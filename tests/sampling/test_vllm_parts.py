@@ -23,11 +23,11 @@ from phi4r.models.names import load_weights, random_weights, weight_table
 from phi4r.parallel.layout import init_layout
 from phi4r.rl.batch import rollout_gap_sums
 from phi4r.rl.train import check_gap
-from phi4r.sampling.embedded import Completion, OpenDraw, SampleRequest, SamplingOptions
+from phi4r.sampling.types import Completion, PromptBatch, SampleRequest, SamplingOptions
 from phi4r.sampling.vllm.client import CONNECTIONS, Client, ServerError, seed_of
 from phi4r.sampling.vllm.fleet import Board
+from phi4r.sampling.vllm.persistent import PersistentBatches
 from phi4r.sampling.vllm.server import ServerProcess
-from phi4r.sampling.vllm.standing import StandingDraws
 from phi4r.sampling.vllm.weights import EMPTY, compare, digest, served_part
 
 MODEL = ModelConfig(
@@ -120,11 +120,11 @@ def test_every_request_is_answered_once_whoever_gives_it_back() -> None:
         board.answer(0, Completion([0], [0.0], True))
 
 
-def test_a_standing_board_gives_the_oldest_request_first_and_goes_on_from_what_came_back() -> None:
+def test_a_persistent_board_gives_the_oldest_request_first_and_goes_on_from_what_came_back() -> None:
     async def run() -> None:
         told: list[tuple[int, list[int]]] = []
         made = [SampleRequest((5,), (i,)) for i in range(5)]
-        board = Board(made[:2], stands=True, tell=lambda index, found: told.append((index, found.tokens)))
+        board = Board(made[:2], persists=True, tell=lambda index, found: told.append((index, found.tokens)))
         assert [await board.take(), await board.take()] == [0, 1]
         board.add(made[2:], [Completion(), Completion([7], [0.0], False, [(3, 1)]), Completion()])
         assert await board.take() == 2
@@ -145,37 +145,37 @@ def test_a_standing_board_gives_the_oldest_request_first_and_goes_on_from_what_c
 
 
 def test_servers_are_busy_while_they_serve_and_an_open_draw_is_not_whole() -> None:
-    standing, options = StandingDraws(), SamplingOptions(1)
+    batches, options = PersistentBatches(), SamplingOptions(1)
     whole = Completion([7], [-0.5], False, [(0, 1)])
 
     def opened(number: int) -> None:
         requests = [SampleRequest((5,), (number, i)) for i in range(2)]
-        standing.open(number, OpenDraw(requests, options, [Completion()] * 2))
+        batches.open(number, PromptBatch(requests, options, [Completion()] * 2))
 
     def busy() -> list[bool]:
         """Whether they were, from one look to the next: a span is cut at each."""
         time.sleep(0.002)
-        return [end > start for start, end in standing.busy.take()]
+        return [end > start for start, end in batches.busy.take()]
 
     opened(0)
     assert busy() == []  # nobody serves
-    standing.serve(None, lambda make: Future())  # type: ignore[arg-type]
+    batches.serve(None, lambda make: Future())  # type: ignore[arg-type]
     assert busy() == [True]
-    standing._tell(0, 0, whole)
+    batches._tell(0, 0, whole)
     opened(1)
-    standing._tell(0, 1, whole)
+    batches._tell(0, 1, whole)
     busy()
     assert busy() == [True]  # the later draw is not whole
-    standing._tell(1, 0, whole)
-    standing._tell(1, 1, whole)
+    batches._tell(1, 0, whole)
+    batches._tell(1, 1, whole)
     assert busy() == [True]
     assert busy() == []
     opened(2)
     assert busy() == [True]
-    standing.stop()  # for an update
+    batches.stop()  # for an update
     assert busy() == [True]
     assert busy() == []
-    standing.serve(None, lambda make: Future())  # type: ignore[arg-type]
+    batches.serve(None, lambda make: Future())  # type: ignore[arg-type]
     assert busy() == [True]
 
 
@@ -197,7 +197,7 @@ def test_a_call_outlives_closed_connections_but_not_a_server_that_always_closes(
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
         async with server, httpx.AsyncClient(trust_env=False) as http:
-            client = Client(http, f"http://127.0.0.1:{port}", VLLMConfig())
+            client = Client(http, f"http://127.0.0.1:{port}", VLLMConfig(), 10.0)
             return (await client._call("GET", "/weight_info", 10.0)).status_code
 
     if num_closed < CONNECTIONS:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from phi4r.configs.sections import ModelConfig, ParallelConfig, TrainConfig, VLLMConfig
+from phi4r.configs.sections import ModelConfig, ParallelConfig, SamplingConfig, TrainConfig, VLLMConfig
 from phi4r.core.errors import UserError
 from phi4r.models.names import hf_tensors, random_weights
 from phi4r.parallel.layout import init_layout
@@ -185,6 +185,6 @@ def test_nccl_is_refused_without_gpus() -> None:
     engine = Engine(MODEL, ParallelConfig(), init_layout(ParallelConfig()), TrainConfig())
     with pytest.raises(UserError, match=r'vllm\.transfer "nccl" is for a trainer on GPUs'):
         VLLMEngine(
-            engine, (3,), VLLMConfig(transfer="nccl", addresses="http://127.0.0.1:1"), Path("run"),
-            max_model_len=64, probe_prompts=[(5,)], temperature=1.0,
+            engine, (3,), VLLMConfig(transfer="nccl", addresses="http://127.0.0.1:1"), SamplingConfig(),
+            Path("run"), max_model_len=64, probe_prompts=[(5,)],
         )  # fmt: skip

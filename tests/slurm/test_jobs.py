@@ -332,11 +332,12 @@ num_generated = 16
 [rollout]
 prompts_per_step = 4
 group_size = 4
+
+[sampling]
 max_new_tokens = 8
 
 [eval.eval]
 runs = 2
 num_problems = 8
-max_new_tokens = 8
 bootstrap = 200
 """

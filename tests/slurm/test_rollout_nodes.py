@@ -24,7 +24,7 @@ WAIT_S = 600.0
 STEPS = 20
 RL = [
     "tiny", "--model.num_layers", "2", "--problems.num_generated", "16", "--rollout.prompts_per_step", "4",
-    "--rollout.group_size", "4", "--rollout.max_new_tokens", "8", "--vllm.start_timeout_s", "400",
+    "--rollout.group_size", "4", "--sampling.max_new_tokens", "8", "--vllm.start_timeout_s", "400",
     "--parallel.threads", "1",
 ]  # fmt: skip
 # What the trainer asks of a server besides answers; vLLM's own check of the key leaves most of them open.

@@ -125,7 +125,10 @@ def test_an_unknown_task_is_named_with_the_known_ones() -> None:
 
 
 def test_tasks_import_neither_torch_nor_sympy() -> None:
-    code = "import sys, phi4r.tasks, phi4r.rl.types; print({'torch', 'sympy', 'megatron'} & set(sys.modules))"
+    code = (
+        "import sys, phi4r.tasks, phi4r.sampling.types;"
+        " print({'torch', 'sympy', 'megatron'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

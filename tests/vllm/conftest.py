@@ -18,7 +18,7 @@ import pytest
 from torch import Tensor
 
 from phi4r.configs.load import load_stage, split_overrides
-from phi4r.configs.sections import ModelConfig, ParallelConfig, TrainConfig, VLLMConfig
+from phi4r.configs.sections import ModelConfig, ParallelConfig, SamplingConfig, TrainConfig, VLLMConfig
 from phi4r.configs.stages import RLConfig
 from phi4r.convert.live import export_form
 from phi4r.core import optional
@@ -63,10 +63,10 @@ def trainer() -> Engine:
 
 def open_engine(trainer: Engine, run_dir: Path, **settings: Any) -> VLLMEngine:
     """The rollout engine of a run in `run_dir`, with `settings` of the section vllm."""
-    config = VLLMConfig(max_in_flight=8, start_timeout_s=300, **settings)
+    config = VLLMConfig(start_timeout_s=300, **settings)
+    sampling = SamplingConfig(engine="vllm", max_in_flight=8, temperature=TEMPERATURE)
     return VLLMEngine(
-        trainer, STOP_IDS, config, run_dir, max_model_len=256, probe_prompts=[(5, 6, 7), (9, 10)],
-        temperature=TEMPERATURE,
+        trainer, STOP_IDS, config, sampling, run_dir, max_model_len=256, probe_prompts=[(5, 6, 7), (9, 10)],
     )  # fmt: skip
 
 
@@ -86,13 +86,13 @@ def servers(
 
 
 @contextmanager
-def standing_servers(words: list[str], python: str, folder: Path) -> Iterator[str]:
+def persistent_servers(words: list[str], python: str, folder: Path) -> Iterator[str]:
     """Two servers with random weights for the model of the runs `phi4r WORDS`, ready for either way of
     transfer; their addresses, as in vllm.addresses."""
     run = load_stage("rl", "tiny", split_overrides(words)[1]).config
     assert isinstance(run, RLConfig)
     export_form(resolve_model(run.model, open_tokenizer(run.tokenizer)), folder / "form", (0,), None)
-    longest = run.rollout.max_prompt_tokens + run.rollout.max_new_tokens
+    longest = run.rollout.max_prompt_tokens + run.sampling.max_new_tokens
     config = VLLMConfig(num_servers=2, python=python, transfer="gloo")
     servers = [
         ServerProcess(number, config, "float32", longest, True, folder / f"{number}.log")

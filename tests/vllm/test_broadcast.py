@@ -15,7 +15,8 @@ import pytest
 from torch import Tensor
 
 from phi4r.models.names import load_weights
-from phi4r.sampling.embedded import EmbeddedEngine, SamplingOptions
+from phi4r.sampling.embedded import EmbeddedEngine
+from phi4r.sampling.types import SamplingOptions
 from phi4r.sampling.vllm.client import Client
 from phi4r.sampling.vllm.engine import VLLMEngine
 from phi4r.sampling.vllm.transfer import Snapshot

@@ -20,7 +20,7 @@ from tests.multiprocess.test_killed_rl import (
     samples,
 )
 from tests.multiprocess.test_resume import finish, metrics
-from tests.vllm.conftest import standing_servers
+from tests.vllm.conftest import persistent_servers
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -28,15 +28,15 @@ STEPS = 40
 WORDS = [
     "rl", "tiny", "--train.num_steps", str(STEPS), "--checkpoint.every", "3", "--problems.num_generated",
     str(PROBLEMS), "--rollout.prompts_per_step", str(PROMPTS), "--rollout.group_size", str(GROUP),
-    "--rollout.max_new_tokens", "8", "--objective.min_informative", "0", "--rollout.engine", "vllm",
+    "--sampling.max_new_tokens", "8", "--objective.min_informative", "0", "--sampling.engine", "vllm",
 ]  # fmt: skip
 MODES = {
     "synchronous": ["--vllm.transfer", "files"],
     "one step ahead": [
-        "--vllm.transfer", "gloo", "--rollout.staleness", "1", "--objective.importance_cap", "2",
+        "--vllm.transfer", "gloo", "--rollout.mode", "one_step", "--objective.importance_cap", "2",
     ],
     "continuous": [
-        "--vllm.transfer", "gloo", "--rollout.staleness", "2", "--rollout.continuous",
+        "--vllm.transfer", "gloo", "--rollout.mode", "continuous",
         "--objective.importance_cap", "2",
     ],
 }  # fmt: skip
@@ -45,7 +45,7 @@ MODES = {
 @pytest.fixture(scope="module")
 def addresses(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Two servers for the model of these runs, ready for either way of transfer."""
-    with standing_servers(WORDS, vllm_python, Path(tmp_path_factory.mktemp("servers"))) as found:
+    with persistent_servers(WORDS, vllm_python, Path(tmp_path_factory.mktemp("servers"))) as found:
         yield found
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.multiprocess.test_killed_rl import GROUP, PROBLEMS, PROMPTS, drawn, rollouts, samples
 from tests.multiprocess.test_resume import finish, metrics
-from tests.vllm.conftest import standing_servers
+from tests.vllm.conftest import persistent_servers
 
 pytestmark = [pytest.mark.vllm, pytest.mark.multiprocess, pytest.mark.timeout(600)]
 
@@ -19,21 +19,21 @@ STEPS = 4
 WORDS = [
     "rl", "tiny", "--train.num_steps", str(STEPS), "--problems.num_generated", str(PROBLEMS),
     "--rollout.prompts_per_step", str(PROMPTS), "--rollout.group_size", str(GROUP),
-    "--rollout.max_new_tokens", "8",
-    "--objective.min_informative", "0", "--rollout.engine", "vllm", "--parallel.threads", "1",
+    "--sampling.max_new_tokens", "8",
+    "--objective.min_informative", "0", "--sampling.engine", "vllm", "--parallel.threads", "1",
 ]  # fmt: skip
 LAYOUTS = {
     "tp2-gloo": ["--parallel.tp", "2", "--vllm.transfer", "gloo"],
     "pp2-files": ["--parallel.pp", "2"],
     "dp2-gloo": ["--parallel.dp", "2", "--vllm.transfer", "gloo"],
 }
-CONTINUOUS = ["--rollout.staleness", "2", "--rollout.continuous", "--objective.importance_cap", "2"]
+CONTINUOUS = ["--rollout.mode", "continuous", "--objective.importance_cap", "2"]
 
 
 @pytest.fixture(scope="module")
 def addresses(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     """Where the servers are, in words for the command line."""
-    with standing_servers(WORDS, vllm_python, Path(tmp_path_factory.mktemp("servers"))) as found:
+    with persistent_servers(WORDS, vllm_python, Path(tmp_path_factory.mktemp("servers"))) as found:
         yield ["--vllm.addresses", found]
 
 
@@ -80,4 +80,4 @@ def test_several_ranks_with_open_draws_train_on_every_sample_once(
     rows = metrics(tmp_path / "run")
     assert [row["policy_version"] for row in rows] == list(range(STEPS))
     assert sum(row["rollout_failures"] for row in rows) == 0
-    assert max(row["staleness"] for row in rows) > 0
+    assert max(row["policy_lag"] for row in rows) > 0

@@ -19,7 +19,8 @@ from phi4r.core.errors import UserError
 from phi4r.data.packing import Document, pack, unpack
 from phi4r.models.huggingface import HFWeights
 from phi4r.models.names import load_weights
-from phi4r.sampling.embedded import Completion, EmbeddedEngine, SampleRequest, SamplingOptions
+from phi4r.sampling.embedded import EmbeddedEngine
+from phi4r.sampling.types import Completion, SampleRequest, SamplingOptions
 from phi4r.sampling.vllm.client import Client
 from phi4r.sampling.vllm.engine import VLLMEngine
 from phi4r.sampling.vllm.fleet import Member, weights_folder
@@ -123,12 +124,9 @@ def test_samples_are_distributed_as_the_embedded_engines_and_repeat_by_their_see
 def test_the_trainer_is_free_while_servers_sample(trainer: Engine, servers: VLLMEngine) -> None:
     made, options = requests(48, stream=9), SamplingOptions(20, TEMPERATURE)
     expected = servers.generate(made, options)
-    told: list[Completion] = []
-    pending = servers.start(made, options, told.extend)
+    servers.open(0, made, options, [Completion()] * len(made))
     assert len(EmbeddedEngine(trainer, STOP_IDS, 24).generate(requests(8), options)) == 8
-    found = pending()
-    assert [c.tokens for c in found] == [c.tokens for c in expected]
-    assert told == found
+    assert [c.tokens for c in servers.finish(0)] == [c.tokens for c in expected]
 
 
 def test_requests_that_one_server_could_take_are_shared_out(servers: VLLMEngine) -> None:
@@ -140,15 +138,15 @@ def test_requests_that_one_server_could_take_are_shared_out(servers: VLLMEngine)
         return [sum(map(float, found)) for found in counts]
 
     before = answered()
-    servers.generate(requests(servers.config.max_in_flight, stream=12), SamplingOptions(100, TEMPERATURE))
+    servers.generate(requests(servers.sampling.max_in_flight, stream=12), SamplingOptions(100, TEMPERATURE))
     shares = [after - first for after, first in zip(answered(), before, strict=True)]
-    assert sum(shares) == servers.config.max_in_flight
+    assert sum(shares) == servers.sampling.max_in_flight
     assert min(shares) >= 2
 
 
 def test_filters_are_refused(servers: VLLMEngine) -> None:
     for options in (SamplingOptions(4, top_p=0.9), SamplingOptions(4, top_k=5)):
-        with pytest.raises(UserError, match=r"rollout\.top_p and rollout\.top_k must be off"):
+        with pytest.raises(UserError, match=r"sampling\.top_p and sampling\.top_k must be off"):
             servers.generate(requests(1), options)
 
 
@@ -188,7 +186,7 @@ def test_a_sync_moves_new_weights_and_what_was_not_sent_is_noticed(
 
     async def put_back_old_weights_under_the_new_label() -> dict[str, str]:
         async with httpx.AsyncClient() as http:
-            client = Client(http, member.url, servers.config)
+            client = Client(http, member.url, servers.config, 60.0)
             await client.load(weights_folder(servers.root, 0), 1)
             return await client.digests()
 
@@ -212,13 +210,13 @@ def test_a_killed_server_loses_and_repeats_nothing_and_comes_back(
     killer.join()
 
     assert in_flight
-    assert max(in_flight) <= servers.config.max_in_flight
+    assert max(in_flight) <= servers.sampling.max_in_flight
     # Seeds are counters: whichever server answered, and whether asked once or twice, the answer is the same.
     assert [c.tokens for c in completions] == [c.tokens for c in undisturbed]
     assert gaps(trainer, made, completions).max() < 1e-4
     events = servers.fleet.events
     assert events.failures == 1
-    assert 0 < events.requeued <= servers.config.max_in_flight
+    assert 0 < events.requeued <= servers.sampling.max_in_flight
     # The engine's processes went with the server that was killed.
     assert ended(others, 30)
 
@@ -268,12 +266,12 @@ def test_an_update_in_mid_answer_goes_on_with_the_new_weights(trainer: Engine, s
         assert time.monotonic() < until
         time.sleep(0.01)
     assert move_on(trainer, servers, first + 1)["rollout_interrupted"] > 0
-    partial = [c for answers in servers.unfinished().values() for c in answers if not c.is_whole(options)]
+    partial = [c for answers in servers.unfinished().values() for c in answers if not c.is_complete(options)]
     assert partial
     found = {number: servers.finish(number) for number in draws}
     assert servers.unfinished() == {}
     completions = [c for answers in found.values() for c in answers]
-    assert all(c.is_whole(options) for c in completions)
+    assert all(c.is_complete(options) for c in completions)
     assert any([version for version, _ in c.spans] == [first, first + 1] for c in completions)
     made = [request for number in draws for request in draws[number]]
     assert_every_token_is_of_its_version(trainer, made, completions, [first, first + 1])
@@ -306,13 +304,14 @@ def test_a_server_killed_while_draws_are_open_loses_and_repeats_nothing(
     assert metrics["rollout_failures"] == 1
     assert metrics["rollout_requeued"] > 0
     completions = [c for number in draws for c in servers.finish(number)]
-    assert all(c.is_whole(options) for c in completions)
+    assert all(c.is_complete(options) for c in completions)
     made = [request for number in draws for request in draws[number]]
     assert_every_token_is_of_its_version(trainer, made, completions, [first, first + 1])
 
 
 def test_closing_ends_every_process_also_while_servers_sample(servers: VLLMEngine) -> None:
-    servers.start(requests(400, stream=10), SamplingOptions(20, TEMPERATURE), lambda completions: None)
+    made = requests(400, stream=10)
+    servers.open(50, made, SamplingOptions(20, TEMPERATURE), [Completion()] * len(made))
     processes = [process for member in servers.fleet.members for process in server_processes(member)]
     assert len(processes) >= 3  # one of the servers is starting again
     began = time.monotonic()

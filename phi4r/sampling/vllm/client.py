@@ -22,7 +22,7 @@ from numpy.random import SeedSequence
 from phi4r.configs.sections import VLLMConfig
 from phi4r.core.errors import UserError
 from phi4r.core.seeds import Stream
-from phi4r.sampling.embedded import Completion, SampleRequest, SamplingOptions
+from phi4r.sampling.types import Completion, SampleRequest, SamplingOptions
 from phi4r.sampling.vllm.server import HEALTH_TIMEOUT_S, INSIDE, RECEIVES
 
 BUSY = (429, 503)
@@ -47,8 +47,10 @@ def seed_of(key: tuple[int, ...], num_begun: int = 0) -> int:
 class Client:
     """The endpoints of the server at `url`. `http` is shared by the clients of one event loop."""
 
-    def __init__(self, http: httpx.AsyncClient, url: str, config: VLLMConfig) -> None:
-        self.http, self.url, self.config = http, url, config
+    def __init__(
+        self, http: httpx.AsyncClient, url: str, config: VLLMConfig, request_timeout_s: float
+    ) -> None:
+        self.http, self.url, self.config, self.request_timeout_s = http, url, config, request_timeout_s
 
     async def _call(self, method: str, path: str, timeout_s: float, **options: Any) -> httpx.Response:
         """A call that is repeated while the server says it is busy, and a few times where the connection
@@ -127,7 +129,7 @@ class Client:
                 "detokenize": False,
             },
         }
-        timeout_s = self.config.request_timeout_s
+        timeout_s = self.request_timeout_s
         response = await self._call("POST", "/inference/v1/generate", timeout_s, json=body)
         return begun.followed_by(self._completion(response.json()["choices"][0], stop_ids, version))
 

@@ -4,8 +4,8 @@ All ranks hand their parts of new weights to rank 0, which writes WEIGHTS/v_0000
 it, or broadcasts them (`transfer`); it compares digests, and then has each server sample a few probe answers
 whose log-probs must be the trainer's own. `generate` therefore always samples from weights that were proved,
 and every answer's tokens carry their version. Only rank 0 speaks HTTP, in a thread; meanwhile all ranks stay
-in touch, so that a long rollout is not taken for a hang. Open draws are sampled in that thread from one sync
-to the next, which interrupts them once the new weights are ready (`standing`).
+in touch, so that a long rollout is not taken for a hang. Prompt batches are sampled in that thread from one
+sync to the next, which interrupts them once the new weights are ready (`persistent`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 from torch import Tensor
 
-from phi4r.configs.sections import VLLMConfig
+from phi4r.configs.sections import SamplingConfig, VLLMConfig
 from phi4r.convert.live import export_form, export_live, hand_over, served_model, whole_weights
 from phi4r.core.console import say
 from phi4r.core.errors import UserError
@@ -30,19 +30,11 @@ from phi4r.data.packing import Document, pack, unpack
 from phi4r.models.huggingface import HFWeights
 from phi4r.parallel.attempt import beat
 from phi4r.parallel.layout import broadcast_object
-from phi4r.sampling.embedded import (
-    BusySpan,
-    Completion,
-    Done,
-    OpenDraw,
-    Pending,
-    SampleRequest,
-    SamplingOptions,
-)
+from phi4r.sampling.types import Completion, PromptBatch, SampleRequest, SamplingOptions, Span
 from phi4r.sampling.vllm.fleet import Fleet, Member, Weights, weights_folder
+from phi4r.sampling.vllm.persistent import PersistentBatches
 from phi4r.sampling.vllm.registry import Order, Registry
 from phi4r.sampling.vllm.server import ServerProcess
-from phi4r.sampling.vllm.standing import StandingDraws
 from phi4r.sampling.vllm.transfer import Snapshot, send
 from phi4r.sampling.vllm.weights import Comparison, compare
 from phi4r.train.engine import Engine
@@ -64,20 +56,22 @@ class VLLMEngine:
     max_model_len: longest prompt and response; run_dir: takes weights (unless configured) and logs.
     """
 
+    is_concurrent = True
+
     def __init__(
         self,
         engine: Engine,
         stop_ids: Sequence[int],
         config: VLLMConfig,
+        sampling: SamplingConfig,
         run_dir: Path,
         *,
         max_model_len: int,
         probe_prompts: Sequence[tuple[int, ...]],
-        temperature: float,
     ) -> None:
         self.engine, self.layout, self.config = engine, engine.layout, config
         self.stop_ids = sorted(stop_ids)
-        self.probe_prompts, self.temperature = list(probe_prompts), temperature
+        self.probe_prompts, self.temperature = list(probe_prompts), sampling.temperature
         self.max_model_len = max_model_len
         self.model = served_model(engine.model_config)
         if config.transfer == "nccl" and self._on_cpu:
@@ -89,10 +83,10 @@ class VLLMEngine:
             self.session, key = self.registry.begin()
         else:
             self.session, key = "", os.environ.get("VLLM_API_KEY", "")
-        self.fleet = Fleet(config, self._members(run_dir, key), self.stop_ids, key=key)
+        self.fleet = Fleet(config, sampling, self._members(run_dir, key), self.stop_ids, key=key)
         self.version: int | None = None
         self.comparison = Comparison(0, 0, [])
-        self.standing = StandingDraws()
+        self.batches = PersistentBatches()
         self._num_open = 0
         self._is_serving = False
         self._serving: Future[None] | None = None
@@ -267,21 +261,10 @@ class VLLMEngine:
 
     # --- requests
 
-    def start(self, requests: Sequence[SampleRequest], options: SamplingOptions, done: Done) -> Pending:
-        """See `RolloutEngine`; the servers sample while the trainer does other things."""
-        self._require_usable(options)
-
-        async def sample() -> list[Completion]:
-            completions = await self.fleet.generate(requests, options)
-            await asyncio.to_thread(done, completions)
-            return completions
-
-        future = self._begin(sample)
-        return lambda: broadcast_object(self._wait(future))
-
     def generate(self, requests: Sequence[SampleRequest], options: SamplingOptions) -> list[Completion]:
         """Completions of `requests`, in order, on every rank."""
-        return self.start(requests, options, lambda completions: None)()
+        self._require_usable(options)
+        return broadcast_object(self._wait(self._begin(lambda: self.fleet.generate(requests, options))))
 
     def _require_usable(self, options: SamplingOptions) -> None:
         """Raises UserError for a filter: a server's log-probs are then those of the filtered distribution,
@@ -289,11 +272,11 @@ class VLLMEngine:
         assert self.version is not None, "sync comes before the first rollout"
         if options.top_p != 1.0 or options.top_k != 0:
             raise UserError(
-                "rollout.top_p and rollout.top_k must be off with vLLM: log-probs would be the filter's, not"
-                f" the policy's (got top_p {options.top_p:g}, top_k {options.top_k})"
+                "sampling.top_p and sampling.top_k must be off: log-probs would be the filter's, not the"
+                f" policy's (got top_p {options.top_p:g}, top_k {options.top_k})"
             )
 
-    # --- open draws
+    # --- prompt batches
 
     def open(
         self,
@@ -305,38 +288,38 @@ class VLLMEngine:
         """See `RolloutEngine`; the servers sample while the trainer does other things."""
         self._require_usable(options)
         if self.layout.is_main:
-            self.standing.open(number, OpenDraw(requests, options, [*begun]))
+            self.batches.open(number, PromptBatch(requests, options, [*begun]))
         self._num_open += 1
         if not self._is_serving:
             self._serve()
 
     def finish(self, number: int) -> list[Completion]:
         """See `RolloutEngine`."""
-        future = self.standing.whole[number] if self.layout.is_main else None
+        future = self.batches.complete[number] if self.layout.is_main else None
         answers: list[Completion] = broadcast_object(self._wait(future))
         if self.layout.is_main:
-            self.standing.close(number)
+            self.batches.close(number)
         self._num_open -= 1
         return answers
 
     def unfinished(self) -> dict[int, list[Completion]]:
         """See `RolloutEngine`."""
-        return self.standing.known()
+        return self.batches.known()
 
-    def take_busy(self) -> list[BusySpan]:
+    def take_busy(self) -> list[Span]:
         """See `RolloutEngine`."""
-        return self.standing.busy.take()
+        return self.batches.busy.take()
 
     def _serve(self) -> None:
-        """Have the servers sample the open draws until the next `_interrupt`."""
+        """Have the servers sample the open batches until the next `_interrupt`."""
         self._is_serving = True
-        self._serving = self.standing.serve(self.fleet, self._begin) if self.layout.is_main else None
+        self._serving = self.batches.serve(self.fleet, self._begin) if self.layout.is_main else None
 
     def _interrupt(self) -> None:
-        """End what the servers sample of the open draws; what they have of it is kept."""
+        """End what the servers are sampling; partial rollouts are kept."""
         if self._is_serving:
             if self.layout.is_main:
-                self.standing.stop()
+                self.batches.stop()
             self._wait(self._serving)
             self._is_serving = False
 

@@ -19,9 +19,9 @@ from typing import Any
 import httpx
 import tenacity
 
-from phi4r.configs.sections import VLLMConfig
+from phi4r.configs.sections import SamplingConfig, VLLMConfig
 from phi4r.core.console import say
-from phi4r.sampling.embedded import Completion, SampleRequest, SamplingOptions
+from phi4r.sampling.types import Completion, SampleRequest, SamplingOptions
 from phi4r.sampling.vllm.client import Client, ServerError
 from phi4r.sampling.vllm.server import HEALTH_EVERY_S, UNHEALTHY_CHECKS, ServerProcess
 from phi4r.sampling.vllm.weights import Comparison
@@ -90,15 +90,15 @@ class Board:
     """Requests that wait, and answers. A request is waiting, with one lane, or answered; never two of these.
     Those of lower numbers are taken first.
 
-    A board that stands takes more requests at any time and is finished when it is stopped, not when all are
-    answered. begun: what there is of each answer; tell(number, completion) hears of every change of it.
+    A persistent board accepts requests until stopped. begun: the partial rollout of each request;
+    tell(number, completion) hears of every change of it.
     """
 
     def __init__(
         self,
         requests: Sequence[SampleRequest],
         *,
-        stands: bool = False,
+        persists: bool = False,
         tell: Callable[[int, Completion], None] = lambda number, completion: None,
     ) -> None:
         self.requests: list[SampleRequest] = []
@@ -108,10 +108,10 @@ class Board:
         self.finished = asyncio.Event()
         self.num_held = 0
         """Requests that are with a lane."""
-        self.stands, self._tell, self._left = stands, tell, 0
+        self.persists, self._tell, self._left = persists, tell, 0
         self._waiting: asyncio.PriorityQueue[int] = asyncio.PriorityQueue()
         self.add(requests, [Completion()] * len(requests))
-        if not requests and not stands:
+        if not requests and not persists:
             self.stop()
 
     def add(self, requests: Sequence[SampleRequest], begun: Sequence[Completion]) -> None:
@@ -153,7 +153,7 @@ class Board:
         self.answers[index] = completion
         self._tell(index, completion)
         self._left -= 1
-        if not self._left and not self.stands:
+        if not self._left and not self.persists:
             self.stop()
 
 
@@ -163,6 +163,7 @@ class Fleet:
     requests to them carry ("": nothing)."""
 
     config: VLLMConfig
+    sampling: SamplingConfig
     members: list[Member]
     stop_ids: list[int]
     key: str = field(default="", repr=False)
@@ -199,7 +200,7 @@ class Fleet:
     async def _is_up(self, member: Member, http: httpx.AsyncClient) -> bool:
         if member.process is not None and not member.process.is_alive:
             return False
-        return await Client(http, member.url, self.config).is_healthy()
+        return await self._client(http, member).is_healthy()
 
     async def _ready(self, member: Member, http: httpx.AsyncClient) -> None:
         """Start the server if need be, wait for it, give it the newest weights and have them proved. A server
@@ -208,7 +209,7 @@ class Fleet:
         while not member.is_lost:
             try:
                 await self._up(member, http)
-                await self._give(member, Client(http, member.url, self.config), self.weights)
+                await self._give(member, self._client(http, member), self.weights)
                 return
             except ServerError as error:
                 self._failed(member, error)
@@ -224,7 +225,7 @@ class Fleet:
                 say(f"rl: starting {member.name}, log in {process.log}")
                 member.url, member.version = process.url, None
             began = process.began
-        client = Client(http, member.url, self.config)
+        client = self._client(http, member)
         limit_s = self.config.start_timeout_s
         polling = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_result(lambda up: not up),
@@ -322,7 +323,7 @@ class Fleet:
                 for member in members:
                     if self.weights is not None and member.version == self.weights.version:
                         with contextlib.suppress(ServerError):  # its lanes find out as well
-                            await Client(http, member.url, self.config).abort()
+                            await self._client(http, member).abort()
             await asyncio.sleep(0.01)
 
     async def _serve(
@@ -333,11 +334,11 @@ class Fleet:
             await self._ready(member, http)
             if member.is_lost:
                 return
-            client = Client(http, member.url, self.config)
+            client = self._client(http, member)
             try:
                 async with asyncio.TaskGroup() as tasks:
                     tasks.create_task(self._watch(member, client, board))
-                    lanes = self.config.max_in_flight
+                    lanes = self.sampling.max_in_flight
                     for number in range(lanes):
                         begin_s = number / lanes * SPREAD_S
                         tasks.create_task(self._lane(client, board, options, begin_s))
@@ -368,7 +369,7 @@ class Fleet:
             except asyncio.CancelledError:  # another lane found out that the server failed
                 self._requeue(board, index)
                 raise
-            if completion.is_whole(options):
+            if completion.is_complete(options):
                 board.answer(index, completion)
             else:
                 self.events.interrupted += 1
@@ -393,8 +394,11 @@ class Fleet:
             if failed >= UNHEALTHY_CHECKS:
                 raise ServerError(f"is not healthy ({failed} checks in a row)")
 
+    def _client(self, http: httpx.AsyncClient, member: Member) -> Client:
+        return Client(http, member.url, self.config, self.sampling.request_timeout_s)
+
     def _http(self) -> httpx.AsyncClient:
-        lanes = len(self.members) * (self.config.max_in_flight + 2)
+        lanes = len(self.members) * (self.sampling.max_in_flight + 2)
         return httpx.AsyncClient(
             headers={"Authorization": f"Bearer {self.key}"} if self.key else {},
             limits=httpx.Limits(

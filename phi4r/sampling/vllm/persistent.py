@@ -1,7 +1,7 @@
-"""The draws that servers sample over several updates (rollout.continuous), on rank 0.
+"""The prompt batches that servers sample over several updates of the weights, on rank 0.
 
 They outlive what works on them: between two updates the engine's thread lays them on a board, oldest first,
-and hears what becomes of them; the trainer's thread opens draws, waits for them and stops the board.
+and hears what becomes of them; the trainer's thread opens batches, waits for them and stops the board.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from phi4r.sampling.embedded import BusySpan, Completion, OpenDraw
+from phi4r.sampling.types import Completion, PromptBatch, Span
 from phi4r.sampling.vllm.fleet import Board, Fleet
 
 
 class _Work:
     """What lies on the board between two updates. In the engine's thread, but for what it is made with."""
 
-    def __init__(self, draws: dict[int, OpenDraw], tell: Callable[[int, int, Completion], None]) -> None:
-        self.draws, self.tell = draws, tell
+    def __init__(self, batches: dict[int, PromptBatch], tell: Callable[[int, int, Completion], None]) -> None:
+        self.batches, self.tell = batches, tell
         self.is_stopped = False
         """Set by the trainer's thread: end, now or as soon as it begins."""
         self.loop: asyncio.AbstractEventLoop | None = None
         self.board: Board | None = None
         self.places: list[tuple[int, int]] = []
-        """(draw, request) of what is on the board."""
+        """(batch, request) of what is on the board."""
         self.laid_out: set[int] = set()
 
     def call(self, function: Callable[[], None]) -> None:
@@ -39,19 +39,21 @@ class _Work:
     def update(self) -> None:
         """Lay out what was opened, and stop if that was asked for."""
         assert self.board is not None
-        for number in sorted(set(self.draws) - self.laid_out):
-            draw = self.draws[number]
+        for number in sorted(set(self.batches) - self.laid_out):
+            batch = self.batches[number]
             self.laid_out.add(number)
-            missing = [i for i, answer in enumerate(draw.answers) if not answer.is_whole(draw.options)]
+            missing = [i for i, answer in enumerate(batch.answers) if not answer.is_complete(batch.options)]
             self.places += [(number, i) for i in missing]
-            self.board.add([draw.requests[i] for i in missing], [draw.answers[i] for i in missing])
+            self.board.add([batch.requests[i] for i in missing], [batch.answers[i] for i in missing])
         if self.is_stopped and not self.board.finished.is_set():
             self.board.stop()
 
     async def run(self, fleet: Fleet) -> None:
         """Have the servers sample until it is stopped."""
-        self.board = Board([], stands=True, tell=lambda place, answer: self.tell(*self.places[place], answer))
-        options = next(iter(self.draws.values())).options
+        self.board = Board(
+            [], persists=True, tell=lambda place, answer: self.tell(*self.places[place], answer)
+        )
+        options = next(iter(self.batches.values())).options
         self.loop = asyncio.get_running_loop()
         try:
             self.update()
@@ -66,7 +68,7 @@ class BusyTime:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._since: float | None = None
-        self._spans: list[BusySpan] = []
+        self._spans: list[Span] = []
 
     def mark(self, is_busy: bool) -> None:
         """From now on they do, or do not."""
@@ -74,7 +76,7 @@ class BusyTime:
             self._close()
             self._since = time.perf_counter() if is_busy else None
 
-    def take(self) -> list[BusySpan]:
+    def take(self) -> list[Span]:
         """The spans since this was last asked; one that goes on is cut here."""
         with self._lock:
             is_busy = self._since is not None
@@ -88,34 +90,34 @@ class BusyTime:
             self._spans.append((self._since, time.perf_counter()))
 
 
-class StandingDraws:
-    """The open draws. Methods are for the trainer's thread."""
+class PersistentBatches:
+    """The open batches. Methods are for the trainer's thread."""
 
     def __init__(self) -> None:
-        self.draws: dict[int, OpenDraw] = {}
+        self.batches: dict[int, PromptBatch] = {}
         self.busy = BusyTime()
-        self.whole: dict[int, Future[list[Completion]]] = {}
-        """Resolved when the draw is whole, or when what served it has failed."""
-        self._work = _Work(self.draws, self._tell)
+        self.complete: dict[int, Future[list[Completion]]] = {}
+        """Resolved when the batch is whole, or when what served it has failed."""
+        self._work = _Work(self.batches, self._tell)
         self._is_serving = False
 
-    def open(self, number: int, draw: OpenDraw) -> None:
+    def open(self, number: int, batch: PromptBatch) -> None:
         """One more; its number is higher than those before."""
-        self.whole[number] = Future()
-        self.draws[number] = draw
-        if draw.is_whole:
-            self.whole[number].set_result(draw.answers)
+        self.complete[number] = Future()
+        self.batches[number] = batch
+        if batch.is_complete:
+            self.complete[number].set_result(batch.answers)
         elif self._is_serving:
             self.busy.mark(True)
         self._work.call(self._work.update)
 
     def close(self, number: int) -> None:
-        """A whole draw is open no more."""
-        del self.draws[number], self.whole[number]
+        """A whole batch is open no more."""
+        del self.batches[number], self.complete[number]
 
     def known(self) -> dict[int, list[Completion]]:
         """What there is of every answer, as far as the trainer knows."""
-        return {number: [*draw.answers] for number, draw in self.draws.items()}
+        return {number: [*batch.answers] for number, batch in self.batches.items()}
 
     def stop(self) -> None:
         """End `serve`, now or as soon as it begins."""
@@ -126,7 +128,7 @@ class StandingDraws:
 
     def serve(self, fleet: Fleet, begin: Callable[..., Future[None] | None]) -> Future[None] | None:
         """Have the servers sample until `stop`; begin: runs a coroutine's function in the engine's thread."""
-        work = self._work = _Work(self.draws, self._tell)
+        work = self._work = _Work(self.batches, self._tell)
         self._is_serving = True
         self.busy.mark(self._is_work_left())
         job = begin(lambda: work.run(fleet))
@@ -135,19 +137,19 @@ class StandingDraws:
         return job
 
     def _tell(self, number: int, index: int, answer: Completion) -> None:
-        draw = self.draws[number]
-        draw.answers[index] = answer
-        if draw.is_whole:
+        batch = self.batches[number]
+        batch.answers[index] = answer
+        if batch.is_complete:
             if not self._is_work_left():
                 self.busy.mark(False)
-            self.whole[number].set_result(draw.answers)
+            self.complete[number].set_result(batch.answers)
 
     def _is_work_left(self) -> bool:
-        return not all(draw.is_whole for draw in list(self.draws.values()))
+        return not all(batch.is_complete for batch in list(self.batches.values()))
 
     def _ended(self, job: Future[None]) -> None:
         error = job.exception()
         if error is not None:
-            for whole in list(self.whole.values()):
-                if not whole.done():
-                    whole.set_exception(error)
+            for complete in list(self.complete.values()):
+                if not complete.done():
+                    complete.set_exception(error)
