@@ -48,11 +48,11 @@ TILES: dict[int, dict[int, Tiles]] = {
     },
     90: {
         64: Tiles(Launch(128, 8, 2), Launch(64, 8, 2), Launch(64, 8, 2), Launch(128, 8, 2)),
-        128: Tiles(Launch(128, 8, 2), Launch(32, 8, 2), Launch(64, 8, 2), Launch(64, 8, 2)),
+        128: Tiles(Launch(128, 8, 2), Launch(64, 8, 2, 64), Launch(32, 8, 2), Launch(64, 8, 2)),
     },
     100: {
         64: Tiles(Launch(128, 8, 2), Launch(64, 8, 2, 64), Launch(64, 8, 2), Launch(128, 8, 2)),
-        128: Tiles(Launch(128, 8, 2), Launch(64, 8, 2, 64), Launch(64, 8, 2), Launch(64, 8, 2)),
+        128: Tiles(Launch(128, 8, 2), Launch(64, 8, 2, 64), Launch(64, 8, 2, 64), Launch(64, 8, 2)),
     },
 }
 """Compute capability (tens) -> head dimension -> launches. Head dimensions below 64 use the entry of 64."""

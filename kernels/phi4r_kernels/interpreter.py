@@ -1,6 +1,6 @@
 """Mends Triton's interpreter so that tests can trust it: `install()`.
 
-Triton keeps bfloat16 as uint16 bit patterns in numpy and, in 3.6, computes on the patterns: `tl.dot`, `+`,
+Triton keeps bfloat16 as uint16 bit patterns in numpy and, in 3.6 and 3.7, computes on the patterns: `tl.dot`, `+`,
 `*`, `tl.sum` give garbage without an error, and float32 -> bfloat16 cuts bits off instead of rounding. After
 `install()`
 
@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-SUPPORTED = ("3.6.0",)
+SUPPORTED = ("3.6.0", "3.7.1")
 """Versions of Triton whose interpreter this was tested with."""
 
 Array = npt.NDArray[Any]
