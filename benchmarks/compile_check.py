@@ -186,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="append rows to results/compile_check.csv")
     options = parser.parse_args(arguments)
     if importlib.util.find_spec("triton") is None:
-        print("compile_check: triton is not installed: pip install triton==3.6.0", file=sys.stderr)
+        print("compile_check: triton is not installed: make install EXTRAS=triton", file=sys.stderr)
         return 2
     if os.environ.get("TRITON_INTERPRET") == "1":
         print(

@@ -24,7 +24,7 @@ from triton.errors import TritonError
 from phi4r_kernels.aot import Variant
 from phi4r_kernels.attention_plan import Q_TILE, make_plan
 
-VERSIONS = ("3.6.",)
+VERSIONS = ("3.6.", "3.7.")
 """Versions of Triton whose Gluon the kernel is written for; Gluon is experimental and changes."""
 
 KEYS = 128
@@ -49,7 +49,7 @@ def reason(q: Tensor) -> str:
     if torch.cuda.get_device_capability(q.device) != (9, 0):
         return f"it is for compute capability 9.0, not {torch.cuda.get_device_capability(q.device)}"
     if not triton.__version__.startswith(VERSIONS):
-        return f"it is written for triton {VERSIONS[0]}x, not {triton.__version__}"
+        return f"it is written for triton {' and '.join(v + 'x' for v in VERSIONS)}, not {triton.__version__}"
     if q.dtype not in DTYPES or q.size(2) not in HEAD_DIMS:
         return f"it takes bf16 and fp16 and head dimensions {HEAD_DIMS}, not {q.dtype} and {q.size(2)}"
     key = (q.device.index or 0, q.dtype, q.size(2))

@@ -1,8 +1,8 @@
 """Mends Triton's interpreter so that tests can trust it: `install()`.
 
-Triton keeps bfloat16 as uint16 bit patterns in numpy and, in 3.6 and 3.7, computes on the patterns: `tl.dot`, `+`,
-`*`, `tl.sum` give garbage without an error, and float32 -> bfloat16 cuts bits off instead of rounding. After
-`install()`
+Triton keeps bfloat16 as uint16 bit patterns in numpy and, in 3.6 and 3.7, computes on the patterns: `tl.dot`,
+`+`, `*`, `tl.sum` give garbage without an error, and float32 -> bfloat16 cuts bits off instead of rounding.
+After `install()`
 
 - arithmetic, comparisons, `tl.dot`, reductions and scans take bfloat16 for its value; results are rounded
   once, to nearest even (`tl.sum` of bfloat16 adds in float32 and rounds at the end, a GPU after every step);
@@ -13,8 +13,9 @@ Triton keeps bfloat16 as uint16 bit patterns in numpy and, in 3.6 and 3.7, compu
   rules out anyway;
 - run-time loop bounds work with numpy 2.4.
 
-It replaces private parts of Triton, hence only the versions of SUPPORTED. Not seen by any interpreter: races,
-missing barriers, the order of atomics, shared memory and launch limits, wrong alignment hints.
+It replaces private parts of Triton, hence only the versions of `triton_version.TESTED`. Not seen by any
+interpreter: races, missing barriers, the order of atomics, shared memory and launch limits, wrong alignment
+hints.
 """
 
 from __future__ import annotations
@@ -26,8 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-SUPPORTED = ("3.6.0", "3.7.1")
-"""Versions of Triton whose interpreter this was tested with."""
+from phi4r_kernels.triton_version import TESTED
 
 Array = npt.NDArray[Any]
 
@@ -48,16 +48,16 @@ def bfloat16_to_float32(bits: Array) -> npt.NDArray[np.float32]:
 
 def install() -> None:
     """Mend the interpreter of this process; again is free. RuntimeError where Triton compiles
-    (TRITON_INTERPRET=1 was not set before its import) or is of a version that is not in SUPPORTED."""
+    (TRITON_INTERPRET=1 was not set before its import) or is of another version than those."""
     global _installed
     if _installed:
         return
     import triton
 
     version = triton.__version__.split("+")[0]
-    if version not in SUPPORTED:
+    if version not in TESTED:
         raise RuntimeError(
-            f"triton {triton.__version__}: this mends the interpreter of triton {', '.join(SUPPORTED)}; "
+            f"triton {triton.__version__}: this mends the interpreter of triton {' and '.join(TESTED)}; "
             "install that one, or test kernels on a GPU"
         )
     from triton.runtime import interpreter

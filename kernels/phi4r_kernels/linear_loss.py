@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -44,6 +43,7 @@ from torch import Tensor
 
 from phi4r_kernels import linear_loss_torch as reference
 from phi4r_kernels.linear_loss_torch import ADVANTAGE, OLD, REF, ROLLOUT, WEIGHT, LossSpec
+from phi4r_kernels.triton_version import untested
 
 __all__ = ["LinearLossResult", "LossSpec", "linear_logprobs", "linear_loss"]
 
@@ -297,7 +297,7 @@ def _backend(name: Elementwise, hidden_TD: Tensor) -> ModuleType:
         raise ValueError(f"elementwise must be 'auto', 'triton' or 'torch', found {name!r}")
     if name == "auto":
         takes = hidden_TD.is_cuda and hidden_TD.dtype != torch.float64
-        name = "triton" if takes and importlib.util.find_spec("triton") else "torch"
+        name = "triton" if takes and not untested() else "torch"
     return importlib.import_module(f"phi4r_kernels.linear_loss_{name}")
 
 

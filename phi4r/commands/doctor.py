@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
@@ -62,8 +63,8 @@ def _used() -> list[tuple[str, str]]:
 
     try:
         attention = backends.select_backend("auto")
-        if attention != "triton" and (reason := backends.why_not_triton(128, "bf16")):
-            attention = f"{attention}; triton cannot be used: {reason}"
+        if attention != "triton" and (reason := backends.why_not_auto(128, "bf16")):
+            attention = f"{attention}; triton is not used: {reason}"
     except UserError as error:
         attention = f"none ({error})"
     if native.backend() == "native":
@@ -76,7 +77,46 @@ def _used() -> list[tuple[str, str]]:
             else "install a C++ compiler, then run `make install` again"
         )
         host = f"Python, slower: {native.reason()}; {fix}"
-    return [("attention backend (auto)", attention), ("packing and n-gram statistics", host)]
+    from phi4r_kernels.triton_version import TESTED, untested
+
+    kernels = (
+        untested() or f"may be taken: triton is one of {' and '.join(TESTED)}, with which they are tested"
+    )
+    return [
+        ("attention backend (auto)", attention),
+        ("Triton kernels", kernels),
+        ("packing and n-gram statistics", host),
+    ]
+
+
+STACK = (
+    "torch",
+    "triton",
+    "nvidia-nccl-cu13",
+    "megatron-core",
+    "numpy",
+    "transformers",
+    "transformer-engine",
+)
+"""What the line for bug reports names beside phi4r, Python and the system."""
+
+
+def stack_line() -> str:
+    """Versions, system and GPU in one line that can be pasted into a bug report."""
+    import torch
+
+    parts = [f"phi4r {phi4r.__version__}", f"Python {platform.python_version()}"]
+    for name in STACK:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            parts.append(f"{name} {metadata.version(name)}")
+    if torch.version.cuda is not None:
+        parts.append(f"CUDA {torch.version.cuda}")
+    parts += [f"{sys.platform} {platform.machine()}", f"libc {platform.libc_ver()[1] or 'unknown'}"]
+    if torch.cuda.is_available():
+        parts.append(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}")
+    else:
+        parts.append("no GPU")
+    return ", ".join(parts)
 
 
 def main() -> None:
@@ -97,4 +137,5 @@ def main() -> None:
     missing = [name for name, version, _ in _versions() if version == "missing"]
     if missing:
         raise UserError(f"required packages are missing: {', '.join(missing)}; run `make install`")
+    say(f"stack: {stack_line()}")
     say("Everything that is required is here.")

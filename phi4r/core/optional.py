@@ -23,32 +23,32 @@ class Optional(NamedTuple):
     install: str
 
 
+COMPILES = "compiles CUDA code: needs nvcc"
+
 TABLE: dict[str, Optional] = {
     entry.module: entry
     for entry in (
-        Optional(
-            "transformers", "transformers", "Hugging Face models as a check", "pip install transformers"
-        ),
-        Optional("wandb", "wandb", "log.wandb", "pip install 'phi4r[wandb]'"),
-        Optional("tensorboard", "tensorboard", "log.tensorboard", "pip install 'phi4r[tensorboard]'"),
-        Optional("triton", "triton", "GPU kernels (a later version)", "pip install 'phi4r[triton]'"),
+        Optional("transformers", "transformers", "Hugging Face models as a check", "make test-deps"),
+        Optional("wandb", "wandb", "log.wandb", "make install EXTRAS=wandb"),
+        Optional("tensorboard", "tensorboard", "log.tensorboard", "make install EXTRAS=tensorboard"),
+        Optional("triton", "triton", "GPU kernels", "make install EXTRAS=triton"),
         Optional(
             "flash_attn",
             "flash-attn",
             "model.attention_backend = flash_attn",
-            "pip install 'phi4r[flash-attn]'",
+            f"make install EXTRAS=flash-attn ({COMPILES})",
         ),
         Optional(
             "transformer_engine",
             "transformer-engine",
             "train.layers = transformer_engine, train.fp8, optimizer.moments and optimizer.offload",
-            "pip install 'phi4r[te]'",
+            f"make install EXTRAS=te ({COMPILES})",
         ),
         Optional(
             "nvidia.dali",
             "nvidia-dali-cuda130",
             "data.loader = dali",
-            "pip install 'phi4r[dali]'",
+            "make install EXTRAS=dali",
         ),
         Optional(
             "vllm",

@@ -114,6 +114,16 @@ def why_not_triton(head_dim: int, dtype: str) -> str:
     return ""
 
 
+def why_not_auto(head_dim: int, dtype: str) -> str:
+    """Why "auto" does not take the Triton kernels here: that they cannot serve, or have not been tested with
+    this version of triton (they run with it where they are asked for); "" if it does."""
+    if reason := why_not_triton(head_dim, dtype):
+        return reason
+    from phi4r_kernels.triton_version import untested
+
+    return untested()
+
+
 def why_not_flash_attn(dtype: str) -> str:
     """Why the package flash-attn cannot be used here; "" if it can."""
     if not optional.available("flash_attn"):
@@ -128,7 +138,7 @@ def select_backend(name: str, head_dim: int = 128, dtype: str = "bf16") -> str:
     "auto" is triton on a GPU where its kernels fit, else sdpa. UserError if `name` cannot run here."""
     if name == "auto":
         on_gpu = torch.cuda.is_available()
-        return "triton" if on_gpu and not why_not_triton(head_dim, dtype) else "sdpa"
+        return "triton" if on_gpu and not why_not_auto(head_dim, dtype) else "sdpa"
     if name not in BACKENDS:
         raise UserError(
             f"model.attention_backend: unknown backend {name!r}, expected auto or one of {sorted(BACKENDS)}"

@@ -129,4 +129,4 @@ def test_without_dali_the_run_ends_with_how_to_install_it(
     assert sft(tmp_path / "run", shards, "--data.loader", "dali") == 2
     said = capsys.readouterr().err
     assert "data.loader = dali needs nvidia-dali" in said
-    assert "which is not installed: pip install 'phi4r[dali]'" in said
+    assert "which is not installed: make install EXTRAS=dali" in said

@@ -250,4 +250,23 @@ def test_another_version_of_triton_is_refused_with_its_number() -> None:
         """,
         TRITON_INTERPRET="1",
     )
-    assert "RuntimeError: triton 9.9.1: this mends the interpreter of triton 3.6.0" in done.stderr
+    assert "RuntimeError: triton 9.9.1: this mends the interpreter of triton 3.6.0 and 3.7.1" in done.stderr
+
+
+def test_auto_leaves_the_kernels_to_tested_versions_of_triton() -> None:
+    done = run_in_child(
+        """
+        import triton
+        from phi4r.models.backends import why_not_auto
+        from phi4r_kernels.triton_version import untested
+        print(repr(why_not_auto(128, "bf16")))
+        untested.cache_clear()
+        triton.__version__ = "9.9.1"
+        print(why_not_auto(128, "bf16"))
+        print(why_not_auto(128, "bf16"))
+        """,
+        TRITON_INTERPRET="1",
+    )
+    reason = "the kernels are tested with triton 3.6.0 and 3.7.1, this is 9.9.1"
+    assert done.stdout.splitlines() == ["''", reason, reason], done.stderr
+    assert done.stderr.count("not used by 'auto'") == 1

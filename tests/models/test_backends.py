@@ -86,7 +86,7 @@ def test_the_pieces_for_flash_attn_are_the_attention_of_the_reference(cp: int) -
 
 def test_flash_attn_without_the_package_is_refused_with_the_way_to_get_it() -> None:
     with pytest.raises(
-        UserError, match=r"flash_attn cannot be used: flash-attn is not installed: pip install"
+        UserError, match=r"flash_attn cannot be used: flash-attn is not installed: make install"
     ):
         select_backend("flash_attn")
 

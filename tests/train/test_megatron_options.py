@@ -132,4 +132,4 @@ def test_without_transformer_engine_the_run_ends_with_how_to_install_it(
         main(["sft", "tiny", "--run-dir", str(tmp_path / "run"), *small, *words])
     assert ended.value.code == 2
     said = capsys.readouterr().err
-    assert "needs transformer-engine, which is not installed: pip install 'phi4r[te]'" in said
+    assert "needs transformer-engine, which is not installed: make install EXTRAS=te (compiles CUDA" in said

@@ -1,0 +1,225 @@
+"""Installs phi4r, editable, into the environment of the Python that runs it; `make install` calls it.
+
+    python install.py [--build cpu|cuda] [--extras test,te] [--print] [OPTIONS OF PIP]
+
+It says in one line which build of torch it takes and why: the one asked for, else the one installed, else
+CUDA where nvidia-smi finds a GPU, else a CPU build where pip finds one, else what the index has. Versions are
+those of constraints-cpu.txt or constraints-cuda.txt. --print shows pip's arguments and installs nothing.
+Options that are not its own (--index-url and the like) go to pip.
+
+Needs nothing but Python and pip. Exit codes: 0 done, 2 what was asked for cannot be had (one line says why,
+and what to do), 1 pip failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).parent
+COMPILED = ("te", "flash-attn")
+"""Extras whose packages compile CUDA code against the installed torch."""
+BUILD_NEEDS = ("setuptools", "wheel", "ninja", "packaging")
+"""What those expect to be there when they are built without isolation."""
+SIZES_GB = {"cpu": (0.5, 1.4), "cuda": (2.6, 5.4)}
+"""Download and disk of phi4r with what its tests need, by build; measured by `make test-install`."""
+WHERE = ("-f", "--find-links", "-i", "--index-url", "--extra-index-url", "--no-index")
+"""pip's options that say where it looks."""
+OFFLINE = ("Temporary failure", "Name or service", "Connection", "Max retries", "timed out", "ProxyError")
+
+
+class RefusedError(Exception):
+    """What was asked for cannot be had here; the text says why and what to do."""
+
+
+def torch_version() -> str:
+    """The version of torch that the constraints name."""
+    found = re.search(r"^torch==([\d.]+)", (ROOT / "constraints-cuda.txt").read_text(), re.MULTILINE)
+    assert found, "constraints-cuda.txt names no torch"
+    return found[1]
+
+
+def installed_build() -> str:
+    """The build of torch in this environment: "cpu", "cuda", or "" where there is none."""
+    try:
+        version = metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return ""
+    return "cpu" if version.endswith("+cpu") or sys.platform != "linux" else "cuda"
+
+
+def has_gpu() -> bool:
+    """Whether nvidia-smi is there and finds a GPU."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return False
+    try:
+        asked = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return asked.returncode == 0 and "GPU" in asked.stdout
+
+
+def pip_finds_cpu_build(options: Sequence[str]) -> bool:
+    """Whether pip, as it is set up and with `options`, finds the CPU build of torch for this Python."""
+    where = [
+        option
+        for before, option in zip(["", *options], options)
+        if option.split("=")[0] in WHERE or (before in WHERE and "=" not in before)
+    ]
+    command = [sys.executable, "-m", "pip", "index", "versions", "torch", *where]
+    asked = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return re.search(rf"\b{re.escape(torch_version())}\+cpu\b", asked.stdout) is not None
+
+
+def choose(asked: str | None, options: Sequence[str]) -> tuple[str, str]:
+    """("cpu" or "cuda", why). RefusedError where a CPU build is asked for that pip does not find."""
+    if sys.platform != "linux":
+        if asked == "cuda":
+            raise RefusedError("CUDA=1: there is no CUDA build of torch for this system; leave it out")
+        return "cpu", "the only one for this system"
+    if asked == "cuda":
+        return "cuda", "asked for"
+    if asked == "cpu":
+        if installed_build() == "cpu" or pip_finds_cpu_build(options):
+            return "cpu", "asked for"
+        raise RefusedError(
+            f"CPU=1: pip finds no torch {torch_version()}+cpu: the package index has none. PyTorch's own "
+            "index does: its page 'Get started' shows the address for Pip and CPU, and "
+            "make install CPU=1 PIP_FLAGS='--extra-index-url=ADDRESS' takes it; "
+            "or make install CUDA=1, which runs without a GPU, too"
+        )
+    if there := installed_build():
+        return there, "as this environment has it"
+    if has_gpu():
+        return "cuda", "nvidia-smi finds a GPU"
+    if pip_finds_cpu_build(options):
+        return "cpu", "nvidia-smi finds no GPU, and pip finds a CPU build"
+    return "cuda", "no GPU here, but pip finds no CPU build; this one runs on CPUs, too"
+
+
+def known_extras() -> list[str]:
+    """The extras of pyproject.toml."""
+    return list(_project()["optional-dependencies"])
+
+
+def _project() -> dict:
+    import tomllib
+
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def commands(build: str, extras: Sequence[str]) -> list[list[str]]:
+    """What pip is called with, in order: phi4r with the extras that are wheels, then those that compile,
+    without isolation, so that they are built against the torch that is there."""
+    if unknown := [extra for extra in extras if extra not in known_extras()]:
+        raise RefusedError(f"no extra is called {unknown[0]!r}; there are {', '.join(known_extras())}")
+    constraints = ["-c", f"constraints-{build}.txt"]
+    wheels = [extra for extra in extras if extra not in COMPILED]
+    compiled = [r for e in extras if e in COMPILED for r in _project()["optional-dependencies"][e]]
+    calls = [["install", *constraints, "-e", f".[{','.join(wheels)}]" if wheels else "."]]
+    if compiled:
+        calls.append(["install", *constraints, *BUILD_NEEDS])
+        calls.append(["install", *constraints, "--no-build-isolation", *compiled])
+    return calls
+
+
+def check_room(build: str) -> None:
+    """RefusedError where the disk of this environment is too small for what would be installed."""
+    if installed_build():
+        return
+    free = shutil.disk_usage(sys.prefix).free / 1e9
+    need = SIZES_GB[build][1]
+    if free < need:
+        other = "" if build == "cpu" else f"; the CPU build takes {SIZES_GB['cpu'][1]} GB: make install CPU=1"
+        raise RefusedError(f"{sys.prefix}: {free:.1f} GB are free, about {need} GB are needed{other}")
+
+
+def advice(log: str, build: str) -> str:
+    """What to do after pip failed and said `log`."""
+    if "ResolutionImpossible" in log or "conflicting dependencies" in log:
+        return (
+            f"packages of this index do not fit together under constraints-{build}.txt: pip's lines above "
+            "name them; if your index is a mirror, it may lack a version"
+        )
+    if "No matching distribution" in log:
+        return (
+            "the index lacks a package, or has no wheel for this Python or system: pip's lines above name it"
+        )
+    if "No space left" in log:
+        return (
+            f"the disk is full: about {SIZES_GB[build][1]} GB are needed (TMPDIR and pip's cache count, too)"
+        )
+    if any(word in log for word in OFFLINE):
+        return (
+            "pip does not reach its index: look at the network, a proxy (https_proxy), or your mirror "
+            "(pip config set global.index-url ADDRESS, or PIP_FLAGS='--index-url=ADDRESS')"
+        )
+    if "nvcc" in log or "CUDA_HOME" in log:
+        return "this extra compiles CUDA code: nvcc (the CUDA toolkit) must be on PATH"
+    return "pip's lines above say why"
+
+
+def install(build: str, extras: Sequence[str], options: Sequence[str]) -> int:
+    """Run pip; 0, or 1 after a line that says what to do."""
+    if any(extra in COMPILED for extra in extras) and not (
+        shutil.which("nvcc") or os.environ.get("CUDA_HOME")
+    ):
+        print("no nvcc here: te and flash-attn install only where their makers offer a wheel for this torch")
+    for arguments in commands(build, extras):
+        call = [sys.executable, "-m", "pip", *arguments[:1], "-q", "--disable-pip-version-check", *options]
+        done = subprocess.Popen(
+            [*call, *arguments[1:]], cwd=ROOT, stderr=subprocess.PIPE, text=True, errors="replace"
+        )
+        assert done.stderr
+        log = []
+        for line in done.stderr:
+            log.append(line)
+            sys.stderr.write(line)
+        if done.wait():
+            print(f"installation failed: {advice(''.join(log), build)}", file=sys.stderr)
+            return 1
+    return 0
+
+
+def main() -> int:
+    """See the module."""
+    parser = argparse.ArgumentParser(
+        prog="python install.py", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
+    parser.add_argument("--build", choices=("cpu", "cuda"), help="of torch; found out where not given")
+    parser.add_argument("--extras", default="", help="of pyproject.toml, with commas")
+    parser.add_argument("--print", action="store_true", help="show pip's arguments and install nothing")
+    given, options = parser.parse_known_args()
+    extras = [extra for extra in re.split(r"[\s,]+", given.extras) if extra]
+    try:
+        if importlib.util.find_spec("pip") is None:
+            raise RefusedError(f"{sys.prefix} has no pip; uv installs into it, see docs/install.md")
+        build, why = choose(given.build, options)
+        if given.print:
+            print("\n".join(shlex.join(arguments) for arguments in commands(build, extras)))
+            return 0
+        commands(build, extras)
+        check_room(build)
+    except RefusedError as error:
+        print(error, file=sys.stderr)
+        return 2
+    download, disk = SIZES_GB[build]
+    other = {"cpu": "cuda", "cuda": "cpu"}[build]
+    size = "" if installed_build() else f", about {download} GB to download, {disk} GB on disk"
+    switch = "" if sys.platform != "linux" else f"; {other.upper()}=1 takes the {other.upper()} build"
+    print(f"   torch {torch_version()}: the {build.upper()} build ({why}){size}{switch}", flush=True)
+    return install(build, extras, options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
