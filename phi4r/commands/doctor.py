@@ -79,9 +79,7 @@ def _used() -> list[tuple[str, str]]:
         host = f"Python, slower: {native.reason()}; {fix}"
     from phi4r_kernels.triton_version import TESTED, untested
 
-    kernels = (
-        untested() or f"may be taken: triton is one of {' and '.join(TESTED)}, with which they are tested"
-    )
+    kernels = untested() or f"tested with this triton (of {' and '.join(TESTED)})"
     return [
         ("attention backend (auto)", attention),
         ("Triton kernels", kernels),
@@ -134,8 +132,8 @@ def main() -> None:
         state = optional.version(name) or "yes" if found else "missing"
         rows.append((entry.distribution, state, entry.purpose, "" if found else entry.install))
     print_table("Optional packages", ("package", "version", "for", "install"), rows)
+    say(f"stack: {stack_line()}")
     missing = [name for name, version, _ in _versions() if version == "missing"]
     if missing:
         raise UserError(f"required packages are missing: {', '.join(missing)}; run `make install`")
-    say(f"stack: {stack_line()}")
     say("Everything that is required is here.")

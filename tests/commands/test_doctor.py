@@ -11,7 +11,9 @@ from phi4r.cli.main import main
 
 
 def test_one_line_names_the_whole_stack(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor"]) == 0
+    with pytest.raises(SystemExit) as stopped:
+        main(["doctor"])
+    assert not stopped.value.code
     said = capsys.readouterr().out
     (line,) = [line for line in said.splitlines() if line.startswith("stack: ")]
     for name in ("torch", "triton", "megatron-core", "numpy", "transformers"):
