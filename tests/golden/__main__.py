@@ -8,27 +8,10 @@ python -m tests.golden --write COMMIT               rewrite tests/golden/values 
 from __future__ import annotations
 
 import argparse
-import io
-import subprocess
 import sys
-import tarfile
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
+from benchmarks.trees import checkout
 from tests.golden import compare, runner
-
-
-@contextmanager
-def checkout(commit: str) -> Iterator[Path]:
-    """The files of `commit` in a temporary folder."""
-    archive = subprocess.run(
-        ["git", "archive", commit], cwd=runner.TREE, check=True, stdout=subprocess.PIPE
-    ).stdout
-    with tempfile.TemporaryDirectory(prefix="golden-tree-") as folder:
-        tarfile.open(fileobj=io.BytesIO(archive)).extractall(folder, filter="data")
-        yield Path(folder)
 
 
 def main() -> int:

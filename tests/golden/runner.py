@@ -10,7 +10,6 @@ another, as torchrun would start it (importing torch costs more than a case).
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -151,19 +150,11 @@ DEFAULT: dict[str, tuple[str, ...]] = {
 def run(tree: Path, layout: str, cases: tuple[str, ...]) -> dict[str, list[Row]]:
     """The rows of each case, run by the phi4r of `tree`. Raises RuntimeError with a rank's output if it
     failed."""
+    from benchmarks.trees import environment  # not at the top: the ranks of an older tree have no such module
+
     with tempfile.TemporaryDirectory(prefix="golden-") as name:
         folder = Path(name)
-        # The editable installation of this interpreter may be of another tree than the one asked for.
-        (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
-        native = importlib.util.find_spec("phi4r_kernels._native")
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(map(str, (folder, tree, tree / "kernels"))),
-            "GOLDEN_NATIVE": str(Path(native.origin).parent) if native and native.origin else "",
-            "OMP_NUM_THREADS": "1",
-            "GLOO_SOCKET_IFNAME": "lo",
-            "MASTER_ADDR": "127.0.0.1",
-        }
+        variables = environment(tree, folder) | {"GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
         parallel = LAYOUTS[layout]
         num_ranks = 1
         for key in ("tp", "pp", "cp", "dp"):
@@ -177,7 +168,7 @@ def run(tree: Path, layout: str, cases: tuple[str, ...]) -> dict[str, list[Row]]
                 ranks.append(
                     subprocess.Popen(
                         arguments,
-                        env=environment | place,
+                        env=variables | place,
                         cwd=tree,
                         stdin=subprocess.PIPE,
                         stdout=log,
@@ -186,15 +177,6 @@ def run(tree: Path, layout: str, cases: tuple[str, ...]) -> dict[str, list[Row]]
                 )
         _wait(ranks, folder, f"golden values of {layout} in {tree}")
         return {case: json.loads((folder / f"{case}.json").read_text()) for case in cases}
-
-
-SITECUSTOMIZE = """\
-import os, sys
-sys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != "ScikitBuildRedirectingFinder"]
-if os.environ.get("GOLDEN_NATIVE"):
-    import phi4r_kernels
-    phi4r_kernels.__path__.append(os.environ["GOLDEN_NATIVE"])
-"""
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]], folder: Path, what: str) -> None:
@@ -261,19 +243,19 @@ def _rows(case: Case, parallel: Settings, folder: Path) -> list[Row]:
     if case.stage in ("sft", "rl"):
         stage = SFT if case.stage == "sft" else RL
         settings = {**stage, **parallel, **case.settings}
-        _phi4r(case.stage, "tiny", "--run-dir", str(folder), *_options(case.stage, settings))
+        _phi4r(case.stage, "tiny", "--run-dir", str(folder), *options(case.stage, settings))
     elif case.stage == "resume":
         if is_main:
             shutil.copytree(CHECKPOINT, folder.with_suffix(".copied"))
             folder.with_suffix(".copied").rename(folder)
         _wait_for(folder)
         settings = {"train.num_steps": 702, "checkpoint.save_final": False, **parallel}
-        _phi4r("sft", str(CHECKPOINT), "--run-dir", str(folder), *_options("sft", settings))
+        _phi4r("sft", str(CHECKPOINT), "--run-dir", str(folder), *options("sft", settings))
     elif case.stage == "eval":
         result = folder / "results.jsonl"
         settings = {**EVAL, **parallel}
         _phi4r(
-            "eval", _fp64(parallel, folder), "modchain", "--run-dir", str(folder), *_options("eval", settings)
+            "eval", _fp64(parallel, folder), "modchain", "--run-dir", str(folder), *options("eval", settings)
         )
     else:
         given, result = folder.with_suffix(".in.jsonl"), folder.with_suffix(".out.jsonl")
@@ -283,7 +265,7 @@ def _rows(case: Case, parallel: Settings, folder: Path) -> list[Row]:
             part.write_text("".join(json.dumps({"tokens": row}) + "\n" for row in tokens))
             part.rename(given)
         _wait_for(given)
-        _phi4r("score", _fp64(parallel, folder), str(given), str(result), *_options("score", parallel))
+        _phi4r("score", _fp64(parallel, folder), str(given), str(result), *options("score", parallel))
     return [_metrics(json.loads(line)) for line in result.read_text().splitlines()] if is_main else []
 
 
@@ -299,7 +281,7 @@ def _fp64(parallel: Settings, folder: Path) -> str:
         "optimizer.lr": 0.0,
     }
     settings |= {"checkpoint.save_final": True, "data.num_generated": 16}
-    _phi4r("sft", "tiny", "--run-dir", str(copy), *_options("sft", settings))
+    _phi4r("sft", "tiny", "--run-dir", str(copy), *options("sft", settings))
     return str(copy)
 
 
@@ -316,7 +298,7 @@ def _metrics(row: Row) -> Row:
     return {RENAMED_METRICS.get(key, key): value for key, value in kept.items()}
 
 
-def _options(stage: str, settings: Settings) -> list[str]:
+def options(stage: str, settings: Settings) -> list[str]:
     """`--key=value` in the spelling of this tree."""
     known = _help(stage)
     result = dict(settings)
