@@ -8,12 +8,13 @@ name. Both spellings of RoPE are read: `rope_theta` and `rope_scaling` beside th
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from phi4r.core.errors import ConfigError, UserError
 from phi4r.families.family import Family
 from phi4r.families.model import Dtype, ModelConfig
 from phi4r.families.registry import FAMILIES, get_family
+from phi4r.families.rotary import factors_text
 
 NUMBERS = {
     "num_hidden_layers": "num_layers",
@@ -33,6 +34,10 @@ REQUIRED = (
     "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size",
     "max_position_embeddings",
 )  # fmt: skip
+
+ORIGINAL = "original_max_position_embeddings"
+LONGROPE = ("longrope", "su")
+"""Its name, and an older one."""
 
 ROPE = (
     "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor",
@@ -93,6 +98,7 @@ def _read(name: str, raw: dict[str, Any], where: str, dtype: Dtype | None) -> Mo
     fields = {field: values[key] for key, field in NUMBERS.items()}
     named = _dtype_name(raw)
     fields |= {"dtype": DTYPES[named] if named else dtype, "init_scheme": "normal", "family": name}
+    fields["tie_embeddings"] = values.get("tie_word_embeddings", False)
     try:
         return ModelConfig(**fields, **_rope(family, raw)[0])
     except ConfigError as error:
@@ -105,7 +111,10 @@ def _read(name: str, raw: dict[str, Any], where: str, dtype: Dtype | None) -> Mo
 def _reasons_against(family: Family, raw: dict[str, Any]) -> list[str]:
     """Why a config is not of a model that the family covers, one reason a difference."""
     reasons = [*_size_reasons(raw), *_rope(family, raw)[1]]
-    if raw.get("tie_word_embeddings", False) and "tied_embeddings" not in family.options:
+    tied = raw.get("tie_word_embeddings") or False
+    if not isinstance(tied, bool):
+        reasons.append(f"tie_word_embeddings {_short(tied)} is neither true nor false")
+    elif tied and "tied_embeddings" not in family.options:
         reasons.append("tied embeddings are not supported")
     reasons += _window_reasons(raw)
     for key, allowed in family.fixed.items():
@@ -152,36 +161,49 @@ def _window_reasons(raw: dict[str, Any]) -> list[str]:
     return reasons
 
 
+def _rope_keys_of(family: Family, raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """(what a config says of RoPE wherever it says it, reasons why it says no one thing)."""
+    merged: dict[str, Any] = {}
+    reasons = []
+    own = {key: raw.get(key) for key in ("rope_theta", "partial_rotary_factor", ORIGINAL)}
+    for section in (raw.get("rope_parameters"), raw.get("rope_scaling"), own):
+        if section is not None and not isinstance(section, dict):
+            reasons.append(f"RoPE is described by {_short(section)}, expected an object")
+            continue
+        for name, value in (section or {}).items():
+            key = "rope_type" if name == "type" else name
+            if value is not None and merged.setdefault(key, value) != value:
+                reasons.append(f"{key} is given twice: {_short(merged[key])} and {_short(value)}")
+    return {key: value for key, value in family.defaults.items() if key in ROPE} | merged, reasons
+
+
 def _rope(family: Family, raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """(fields of ModelConfig, reasons why the family has no such RoPE)."""
-    sections = [raw.get("rope_parameters"), raw.get("rope_scaling")]
-    reasons = [
-        f"RoPE is described by {_short(section)}, expected an object"
-        for section in sections
-        if section is not None and not isinstance(section, dict)
-    ]
-    given = [section for section in sections if isinstance(section, dict)]
-    own = {key: raw[key] for key in ("rope_theta", "partial_rotary_factor") if raw.get(key) is not None}
-    merged: dict[str, Any] = {}
-    for section in (*given, own):
-        for key, value in section.items():
-            key = "rope_type" if key == "type" else key
-            if value is None:
-                continue
-            if key in merged and merged[key] != value:
-                reasons.append(f"{key} is given twice: {_short(merged[key])} and {_short(value)}")
-            merged[key] = value
-    kind = merged.pop("rope_type", "default")
-    theta = merged.pop("rope_theta", family.defaults["rope_theta"])
-    fraction = merged.pop("partial_rotary_factor", 1.0)
-    merged.pop("original_max_position_embeddings", None)
-    if kind != "default":
+    merged, reasons = _rope_keys_of(family, raw)
+    kind, theta = merged.pop("rope_type", "default"), merged.pop("rope_theta")
+    fraction, original = merged.pop("partial_rotary_factor", 1.0), merged.pop(ORIGINAL, None)
+    fields: dict[str, Any] = {"rope_theta": theta, "rotary_fraction": fraction}
+    for key, value in (("rope_theta", theta), ("partial_rotary_factor", fraction)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            reasons.append(f"{key} {_short(value)} is not a number above 0")
+    if fraction != 1 and "partial_rotary" not in family.options:
+        reasons.append(f"partial_rotary_factor {_short(fraction)} is not supported (expected 1.0)")
+    if kind in LONGROPE and "longrope" in family.options:
+        factors = [merged.pop(key, None) for key in ("short_factor", "long_factor")]
+        if all(isinstance(f, list) and all(type(x) in (int, float) for x in f) and f for f in factors):
+            short, long = (factors_text(cast(list[float], f)) for f in factors)
+            fields |= {"rope_short_factors": short, "rope_long_factors": long}
+        else:
+            reasons.append("longrope needs short_factor and long_factor, lists of numbers")
+        if isinstance(original, int) and original > 1:
+            fields[ORIGINAL] = original
+        else:
+            reasons.append(f"longrope needs {ORIGINAL}, a whole number, got {_short(original)}")
+    elif kind != "default":
         reasons.append(f"RoPE scaling {kind!r} is not supported")
-    elif merged:
+    if merged:
         reasons.append(f"RoPE's {', '.join(merged)} is not supported")
-    if fraction not in (1, 1.0):
-        reasons.append(f"partial_rotary_factor {fraction} is not supported (expected 1.0)")
-    return {"rope_theta": float(theta)}, reasons
+    return fields, reasons
 
 
 def _dtype_name(raw: dict[str, Any]) -> str:
@@ -228,13 +250,16 @@ def hf_config(
 
 def _rope_keys(model: ModelConfig) -> dict[str, Any]:
     """RoPE in both spellings: transformers 4 reads `rope_theta` and `rope_scaling`, 5 `rope_parameters`."""
-    return {
-        "original_max_position_embeddings": model.max_position_embeddings,
-        "rope_theta": model.rope_theta,
-        "rope_scaling": None,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": model.rope_theta,
-            "partial_rotary_factor": 1.0,
-        },
-    }
+    rotary, longest = model.rotary, model.max_position_embeddings
+    scaling: dict[str, Any] = {"rope_type": "default"}
+    keys: dict[str, Any] = {"rope_theta": model.rope_theta, "rope_scaling": None}
+    if rotary.long:
+        factors = {"short_factor": [*rotary.short], "long_factor": [*rotary.long]}
+        scaling = {"rope_type": LONGROPE[0], **factors}
+        keys["rope_scaling"] = {"type": LONGROPE[0], **factors}  # transformers 4 takes no other key
+    if "partial_rotary_factor" in model.description.defaults:  # Phi-3's own keys
+        keys |= {ORIGINAL: rotary.switch or longest, "partial_rotary_factor": model.rotary_fraction}
+        scaling["partial_rotary_factor"] = model.rotary_fraction
+    if rotary.long:
+        scaling[ORIGINAL] = rotary.switch
+    return {**keys, "rope_parameters": {**scaling, "rope_theta": model.rope_theta}}

@@ -27,10 +27,11 @@ class ModelConfig:
     """The transformer: a pre-norm decoder with grouped-query attention, RoPE and a SiLU-gated MLP."""
 
     preset: str = ""
-    """A named size that fills in the fields below: phi4, phi4_reasoning, tiny or tiny_deep ("": take them as
-    given)."""
+    """A named size that fills in the fields below: phi4, phi4_reasoning, phi4_mini, phi4_mini_long,
+    qwen3_0_6b, qwen3_1_7b, qwen3_4b, qwen3_8b, tiny or tiny_deep ("": take them as given)."""
     family: str = "phi4"
-    """The family whose layers, file format and chat format the model has: phi4."""
+    """The family whose layers, file format and chat format the model has: phi4, phi4_mini, qwen3, or the
+    import path of a description, package.module:name."""
     num_layers: int = 3
     """Decoder layers."""
     hidden_size: int = 128

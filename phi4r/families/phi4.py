@@ -48,7 +48,12 @@ PHI3_TENSORS = (
 )
 """Layers of a Phi3ForCausalLM."""
 
-PHI3_DEFAULTS: dict[str, Any] = {"rope_theta": 10_000.0, "rms_norm_eps": 1e-5, "initializer_range": 0.02}
+PHI3_DEFAULTS: dict[str, Any] = {
+    "rope_theta": 10_000.0,
+    "partial_rotary_factor": 1.0,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.02,
+}
 """What transformers takes for what the config.json of a Phi3ForCausalLM leaves out."""
 
 PHI3_FIXED: dict[str, tuple[Any, ...]] = {

@@ -11,6 +11,8 @@ from phi4r.families.family import Family
 
 FAMILIES: dict[str, Family | str] = {
     "phi4": "phi4r.families.phi4:PHI4",
+    "phi4_mini": "phi4r.families.phi4_mini:PHI4_MINI",
+    "qwen3": "phi4r.families.qwen3:QWEN3",
 }
 """Name -> import path. A Hugging Face folder is given to the first family that covers its config."""
 
