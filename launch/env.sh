@@ -12,6 +12,11 @@ if [[ -z ${PHI4R_PYTHON:-} ]]; then
   [[ -x $PHI4R_PYTHON ]] || PHI4R_PYTHON=python3
 fi
 
+# A Python 3.9 or newer of the first node itself, with SLURM's commands, no packages: it runs phi4r/slurm/supervise.py.
+if [[ -z ${PHI4R_HOST_PYTHON:-} ]]; then
+  PHI4R_HOST_PYTHON=$(command -v "$PHI4R_PYTHON" || echo python3)
+fi
+
 export PHI4R_HOME PHI4R_PYTHON
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

@@ -71,7 +71,7 @@ def launch(
     from phi4r.slurm import submit
 
     overrides = [*([f"eval.runs={runs}"] if runs else []), *ctx.obj]
-    wish = submit.Wish(
+    request = submit.LaunchRequest(
         stage=stage,
         words=words,
         overrides=overrides,
@@ -87,7 +87,7 @@ def launch(
         array=array,
         sbatch=sbatch,
     )
-    submit.main(wish, dry_run=dry_run, parsable=parsable)
+    submit.main(request, dry_run=dry_run, parsable=parsable)
 
 
 def status(

@@ -1,4 +1,4 @@
-"""What a rank tells the job script that started it (launch/job.sh), by files in $PHI4R_ATTEMPT_DIR.
+"""What a rank reports to the supervisor of its job (phi4r.slurm.supervise), by files in $PHI4R_ATTEMPT_DIR.
 
     heartbeat_00001   "LIMIT_S PID STEP_ID NODE"; touched whenever the rank gets on, at most once a second
     stack_00001       the stacks of all threads, written by faulthandler when no beat came for LIMIT_S

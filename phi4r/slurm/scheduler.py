@@ -32,7 +32,7 @@ class Job:
     run_dir: str
     """What `phi4r launch` gave as the comment: the run folder."""
     remark: str = ""
-    """`HOW: WHY` of the last end: launch/job.sh adds it to the comment where the disk has no room for it."""
+    """`HOW: WHY` of the last end: `supervise` adds it to the comment where the disk has no room for it."""
 
     @property
     def is_queued(self) -> bool:

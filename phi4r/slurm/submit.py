@@ -26,8 +26,8 @@ MAX_LEAD_S = 900
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What the user asked for; see `phi4r launch --help`."""
+class LaunchRequest:
+    """The options of `phi4r launch`; see its --help."""
 
     stage: str
     words: list[str]
@@ -82,91 +82,91 @@ def seconds_of(time: str) -> int:
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-def _load(wish: Wish) -> Loaded | None:
+def _load(request: LaunchRequest) -> Loaded | None:
     """The stage's checked configuration (bench has none)."""
-    if wish.stage == "bench":
-        if not wish.words:
+    if request.stage == "bench":
+        if not request.words:
             raise UserError("launch bench: expected the name of a benchmark")
         return None
-    if not wish.words:
+    if not request.words:
         raise UserError(
-            f"launch {wish.stage}: expected {'CHECKPOINT [TASK]' if wish.stage == 'eval' else 'RECIPE'}"
+            f"launch {request.stage}: expected {'CHECKPOINT [TASK]' if request.stage == 'eval' else 'RECIPE'}"
         )
-    source = (wish.recipe or None) if wish.stage == "eval" else wish.words[0]
-    # What launch/rl_vllm.sbatch adds; the trainer's memory is then free of the cache of an embedded sampler.
-    added = ["sampling.engine=vllm", "vllm.registry=RUN/servers"] if wish.rollout_nodes else []
-    return load_stage(wish.stage, source, [*wish.overrides, *added])
+    source = (request.recipe or None) if request.stage == "eval" else request.words[0]
+    # What phi4r.slurm.supervise adds; the trainer's memory is then free of the cache of an embedded sampler.
+    added = ["sampling.engine=vllm", "vllm.registry=RUN/servers"] if request.rollout_nodes else []
+    return load_stage(request.stage, source, [*request.overrides, *added])
 
 
-def _tasks_per_node(wish: Wish, world_size: int) -> int:
-    if world_size % wish.nodes:
+def _tasks_per_node(request: LaunchRequest, world_size: int) -> int:
+    if world_size % request.nodes:
         raise UserError(
             f"launch: the recipe's layout has {world_size} ranks, which do not spread evenly over --nodes"
-            f" {wish.nodes}"
+            f" {request.nodes}"
         )
-    tasks = world_size // wish.nodes
-    if wish.gpus_per_node and tasks > wish.gpus_per_node:
+    tasks = world_size // request.nodes
+    if request.gpus_per_node and tasks > request.gpus_per_node:
         raise UserError(
-            f"launch: the recipe's layout has {world_size} ranks, and --nodes {wish.nodes} with"
-            f" {wish.gpus_per_node} GPUs have {wish.nodes * wish.gpus_per_node}"
+            f"launch: the recipe's layout has {world_size} ranks, and --nodes {request.nodes} with"
+            f" {request.gpus_per_node} GPUs have {request.nodes * request.gpus_per_node}"
         )
     return tasks
 
 
-def prepare(wish: Wish) -> Submission:
-    """The sbatch command for a wish. UserError where the recipe is wrong, cannot fit, or runs already."""
-    if wish.stage not in STAGES:
-        raise UserError(f"launch: expected one of {', '.join(STAGES)}, got {wish.stage!r}")
-    if wish.rollout_nodes and wish.stage != "rl":
-        raise UserError(f"--rollout-nodes: is for rl, which samples while it trains; not for {wish.stage}")
-    script = scripts_folder() / f"{wish.stage}{'_vllm' if wish.rollout_nodes else ''}.sbatch"
-    loaded, notes, tasks = _load(wish), [], 1
+def prepare(request: LaunchRequest) -> Submission:
+    """The sbatch command of a request. UserError where the recipe is wrong, cannot fit, or runs already."""
+    if request.stage not in STAGES:
+        raise UserError(f"launch: expected one of {', '.join(STAGES)}, got {request.stage!r}")
+    if request.rollout_nodes and request.stage != "rl":
+        raise UserError(f"--rollout-nodes: is for rl, which samples while it trains; not for {request.stage}")
+    script = scripts_folder() / f"{request.stage}{'_vllm' if request.rollout_nodes else ''}.sbatch"
+    loaded, notes, tasks = _load(request), [], 1
     run_dir = None
-    words = [*wish.words, *(f"--{override}" for override in wish.overrides)]
+    words = [*request.words, *(f"--{override}" for override in request.overrides)]
     if loaded is not None:
         parallel = loaded.config.parallel
         # curate is one task that starts its own ranks
-        tasks = 1 if wish.stage == "curate" else _tasks_per_node(wish, parallel.world_size)
+        tasks = 1 if request.stage == "curate" else _tasks_per_node(request, parallel.world_size)
         if isinstance(loaded.config, SFTConfig | RLConfig):
-            gpu = find_gpu(wish.gpu)
+            gpu = find_gpu(request.gpu)
             verdict = check(loaded.config, gpus=parallel.world_size, gpu_memory_gib=gpu.memory_gib)
             if not verdict.fits:
                 raise UserError(f"launch: {loaded.recipe.name} on {gpu.name}: {verdict.reason}")
             notes.append(f"{loaded.recipe.name} on {gpu.name}: {verdict.reason}")
-        name = Path(wish.words[0]).name if wish.stage == "eval" else loaded.recipe.name
-        run_dir = Path(wish.run_dir or f"runs/{wish.stage}_{name}").absolute()
-        words += ["--recipe", wish.recipe] if wish.recipe and wish.stage == "eval" else []
+        name = Path(request.words[0]).name if request.stage == "eval" else loaded.recipe.name
+        run_dir = Path(request.run_dir or f"runs/{request.stage}_{name}").absolute()
+        words += ["--recipe", request.recipe] if request.recipe and request.stage == "eval" else []
         words += ["--run-dir", str(run_dir)]
         _refuse_second_job(run_dir)
-    elif wish.run_dir:
+    elif request.run_dir:
         raise UserError("launch bench: has no run folder; results go where the benchmark says")
-    gpus = wish.gpus_per_node or tasks
-    options = [f"--nodes={wish.nodes}", f"--ntasks-per-node={tasks}", f"--gpus-per-node={gpus}"]
-    if wish.time:
-        lead = max(1, min(MAX_LEAD_S, seconds_of(wish.time) // 4))
-        options += [f"--time={wish.time}", f"--signal=B:USR2@{lead}"]
+    gpus = request.gpus_per_node or tasks
+    options = [f"--nodes={request.nodes}", f"--ntasks-per-node={tasks}", f"--gpus-per-node={gpus}"]
+    if request.time:
+        lead = max(1, min(MAX_LEAD_S, seconds_of(request.time) // 4))
+        options += [f"--time={request.time}", f"--signal=B:USR2@{lead}"]
     if run_dir is not None:
         options += [f"--output={run_dir}/logs/job-%j.out", f"--comment={run_dir}"]
-    if wish.after:
-        options += [f"--dependency=afterok:{wish.after}", "--kill-on-invalid-dep=yes"]
-    if wish.array:
-        if wish.stage != "eval":
-            raise UserError(f"--array: is for eval, whose runs are independent; not for {wish.stage}")
-        options.append(f"--array=0-{wish.array - 1}")
-    options += shlex.split(wish.sbatch)
-    if wish.rollout_nodes:
-        options += [":", *_rollout_options(wish, gpus)]
+    if request.after:
+        options += [f"--dependency=afterok:{request.after}", "--kill-on-invalid-dep=yes"]
+    if request.array:
+        if request.stage != "eval":
+            raise UserError(f"--array: is for eval, whose runs are independent; not for {request.stage}")
+        options.append(f"--array=0-{request.array - 1}")
+    options += shlex.split(request.sbatch)
+    if request.rollout_nodes:
+        options += [":", *_rollout_options(request, gpus)]
     command = ["sbatch", "--parsable", *options, str(script), *words]
     return Submission(run_dir, script, command, notes)
 
 
-def _rollout_options(wish: Wish, gpus: int) -> list[str]:
+def _rollout_options(request: LaunchRequest, gpus: int) -> list[str]:
     """sbatch's options for the second component, which inherits time limit and comment; `gpus`: of a node."""
-    servers = wish.servers_per_node or gpus
+    servers = request.servers_per_node or gpus
     if gpus % servers:
         raise UserError(f"--servers-per-node: {servers} servers cannot share {gpus} GPUs evenly")
-    nodes, tasks = f"--nodes={wish.rollout_nodes}", f"--ntasks-per-node={servers}"
-    return [nodes, tasks, f"--gpus-per-node={gpus}", *shlex.split(wish.sbatch)]
+    nodes, tasks = f"--nodes={request.rollout_nodes}", f"--ntasks-per-node={servers}"
+    return [nodes, tasks, f"--gpus-per-node={gpus}", *shlex.split(request.sbatch)]
 
 
 def _refuse_second_job(run_dir: Path) -> None:
@@ -196,12 +196,12 @@ def rendered(command: Sequence[str]) -> str:
     return " \\\n".join([*lines, "  " + shlex.join(rest)])
 
 
-def main(wish: Wish, dry_run: bool, parsable: bool) -> None:
+def main(request: LaunchRequest, dry_run: bool, parsable: bool) -> None:
     """Show the command, let sbatch check it, submit it, and say how to follow it.
 
     dry_run: show command and script, and submit nothing. parsable: print the job's id and nothing else.
     """
-    submission = prepare(wish)
+    submission = prepare(request)
     if not parsable:
         for note in submission.notes:
             say(note)
@@ -219,7 +219,7 @@ def main(wish: Wish, dry_run: bool, parsable: bool) -> None:
         say("\nSLURM accepts this (sbatch --test-only); nothing was submitted")
         return
     job_id = _submit(submission)
-    merge_id = _submit_merge(submission, job_id) if wish.array else ""
+    merge_id = _submit_merge(submission, job_id) if request.array else ""
     if parsable:
         print(merge_id or job_id)
         return

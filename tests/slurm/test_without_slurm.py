@@ -12,18 +12,18 @@ from benchmarks.rows import read_rows
 from phi4r.core.errors import UserError
 from phi4r.slurm import logs, status
 from phi4r.slurm.check import judge, wait_for_reports
-from phi4r.slurm.submit import Wish, prepare, rendered, seconds_of
+from phi4r.slurm.submit import LaunchRequest, prepare, rendered, seconds_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def wish(stage: str, *words: str, **changes: Any) -> Wish:
+def request(stage: str, *words: str, **changes: Any) -> LaunchRequest:
     given: dict[str, Any] = {
         "stage": stage, "words": list(words), "overrides": [], "run_dir": "/shared/run", "recipe": "",
         "nodes": 1, "rollout_nodes": 0, "servers_per_node": 0, "time": "", "gpus_per_node": 0,
         "gpu": "h100", "after": "", "array": 0, "sbatch": "",
     }  # fmt: skip
-    return Wish(**{**given, **changes})
+    return LaunchRequest(**{**given, **changes})
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_a_time_limit_that_is_none_is_refused() -> None:
 
 def test_the_command_has_the_recipes_layout_and_passes_settings_through() -> None:
     submission = prepare(
-        wish(
+        request(
             "sft", "phi4_sft", nodes=4, time="1-00:00:00", overrides=["optimizer.lr=1e-6"], sbatch="-p 'a b'"
         )
     )
@@ -55,51 +55,51 @@ def test_the_command_has_the_recipes_layout_and_passes_settings_through() -> Non
 
 
 def test_rollout_nodes_are_a_second_component_with_a_server_for_each_gpu() -> None:
-    submission = prepare(wish("rl", "phi4_grpo", nodes=4, rollout_nodes=2, time="60", sbatch="--qos=high"))
+    submission = prepare(request("rl", "phi4_grpo", nodes=4, rollout_nodes=2, time="60", sbatch="--qos=high"))
     colon = submission.command.index(":")
     assert {"--nodes=4", "--ntasks-per-node=8", "--time=60", "--qos=high"} <= set(submission.command[:colon])
     assert submission.command[colon + 1 : colon + 5] == [
         "--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--qos=high"
     ]  # fmt: skip
     assert submission.command[colon + 5].endswith("launch/rl_vllm.sbatch")
-    shared = prepare(wish("rl", "phi4_grpo", nodes=4, rollout_nodes=2, servers_per_node=4)).command
+    shared = prepare(request("rl", "phi4_grpo", nodes=4, rollout_nodes=2, servers_per_node=4)).command
     assert shared[shared.index(":") + 2] == "--ntasks-per-node=4"
     assert "\n  : \\\n  --nodes=2 " in rendered(submission.command)
 
 
 def test_a_short_job_is_told_to_save_in_its_last_quarter() -> None:
-    assert "--signal=B:USR2@150" in prepare(wish("sft", "tiny", time="10")).command
+    assert "--signal=B:USR2@150" in prepare(request("sft", "tiny", time="10")).command
 
 
 @pytest.mark.parametrize(
-    ("request_", "message"),
+    ("launched", "message"),
     [
-        (wish("train", "tiny"), "expected one of curate, sft, rl, eval, bench, got 'train'"),
-        (wish("sft"), "launch sft: expected RECIPE"),
-        (wish("sft", "phi4_sft", nodes=3), "32 ranks, which do not spread evenly over --nodes 3"),
-        (wish("sft", "phi4_sft", nodes=2, gpus_per_node=8), "--nodes 2 with 8 GPUs have 16"),
-        (wish("sft", "tiny", array=3), "--array: is for eval"),
-        (wish("bench", "native", run_dir="x"), "has no run folder"),
-        (wish("sft", "tiny", rollout_nodes=1), "--rollout-nodes: is for rl"),
+        (request("train", "tiny"), "expected one of curate, sft, rl, eval, bench, got 'train'"),
+        (request("sft"), "launch sft: expected RECIPE"),
+        (request("sft", "phi4_sft", nodes=3), "32 ranks, which do not spread evenly over --nodes 3"),
+        (request("sft", "phi4_sft", nodes=2, gpus_per_node=8), "--nodes 2 with 8 GPUs have 16"),
+        (request("sft", "tiny", array=3), "--array: is for eval"),
+        (request("bench", "native", run_dir="x"), "has no run folder"),
+        (request("sft", "tiny", rollout_nodes=1), "--rollout-nodes: is for rl"),
         (
-            wish("rl", "phi4_grpo", nodes=4, rollout_nodes=1, servers_per_node=3),
+            request("rl", "phi4_grpo", nodes=4, rollout_nodes=1, servers_per_node=3),
             "3 servers cannot share 8 GPUs evenly",
         ),
         (
-            wish("rl", "tiny", rollout_nodes=1, overrides=["vllm.addresses=http://a:1"]),
+            request("rl", "tiny", rollout_nodes=1, overrides=["vllm.addresses=http://a:1"]),
             "both say where the servers are",
         ),
     ],
 )
-def test_what_cannot_run_is_refused_with_the_reason(request_: Wish, message: str) -> None:
+def test_what_cannot_run_is_refused_with_the_reason(launched: LaunchRequest, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        prepare(request_)
+        prepare(launched)
 
 
 def test_a_folder_without_job_scripts_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PHI4R_HOME", str(tmp_path))
     with pytest.raises(UserError, match="set PHI4R_HOME to a clone"):
-        prepare(wish("sft", "tiny"))
+        prepare(request("sft", "tiny"))
 
 
 def make_run(folder: Path) -> Path:
