@@ -13,6 +13,7 @@ that sampled it differs by.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,7 @@ def main(cfg: RLConfig, run_dir: Path) -> None:
         ):
             collector = Collector(
                 cfg, engine, verifier, tokenizer, problems, prompts, run_dir,
-                next_batch=next_batch(loop.state, loop.start_step), step=loop.start_step,
-                order_state=loop.state.get("curriculum"),
+                next_batch=loop.state.next_batch, step=loop.start_step, order_state=loop.state.curriculum,
             )  # fmt: skip
             for step in loop.steps():
                 loop.begin_step()
@@ -69,7 +69,9 @@ def main(cfg: RLConfig, run_dir: Path) -> None:
                 loop.clock.phase("rollout")
                 found = collector.collect(step)
                 loop.clock.sampled(found.sampling)
-                loop.state |= {"next_batch": collector.next_batch, "curriculum": collector.order.state()}
+                loop.state = replace(
+                    loop.state, next_batch=collector.next_batch, curriculum=collector.order.state()
+                )
                 if layout.is_main:
                     rows = (t.record(step + 1, tokenizer) for t in found.trajectories)
                     write_rollouts(run_dir, step + 1, rows)
@@ -84,11 +86,6 @@ def main(cfg: RLConfig, run_dir: Path) -> None:
                     k: metrics[k] for k in ("reward", "accuracy", "response_length", "loss") if k in metrics
                 }
                 loop.finish_step(step, metrics, shown, sum(t.sample.num_tokens for t in found.used))
-
-
-def next_batch(state: dict[str, Any], start_step: int) -> int:
-    """The first prompt batch that a checkpoint's run has not trained on ("num_draws" in phi4r 0.1.0)."""
-    return int(state.get("next_batch", state.get("num_draws", start_step)))
 
 
 def update(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,67 @@ from phi4r.train.watchdog import watch
 PLAIN_LINES = 20
 
 
+@dataclass(frozen=True)
+class RunState:
+    """What a checkpoint remembers besides weights and optimizer states; plain JSON."""
+
+    step: int
+    """Optimizer steps done."""
+    seed: int
+    next_batch: int = 0
+    """RL: the first prompt batch that was not trained on."""
+    curriculum: dict[str, Any] | None = None
+    """RL: the state of the order of prompts."""
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> RunState:
+        """The state that `asdict` made. phi4r 0.1.0 wrote `num_draws` for `next_batch`, or neither where a
+        step was always one batch. UserError for a name that this phi4r does not know."""
+        found = {"next_batch": saved.get("num_draws", saved["step"]), **saved}
+        found.pop("num_draws", None)
+        unknown = found.keys() - {entry.name for entry in fields(cls)}
+        if unknown:
+            raise UserError(f"the checkpoint's state has an unknown {min(unknown)!r}: from a newer phi4r?")
+        return cls(**found)
+
+
+def restore(config: SFTConfig | RLConfig, run_dir: Path, engine: Engine, name: str) -> RunState:
+    """Fill the engine from the run's newest checkpoint, else from `config.init`; returns its state."""
+    is_main = engine.layout.is_main
+    if is_main:
+        folders.remove_leftovers(run_dir)
+    while True:
+        steps = list(folders.all_steps(run_dir).values())
+        newest = broadcast_object(steps[-1] if steps and is_main else None)
+        if newest is None:
+            fill_weights(engine, config.init.checkpoint, config.seed)
+            return RunState(0, config.seed)
+        try:
+            state = RunState.from_dict(load_checkpoint(newest, engine.chunks, engine.optimizer))
+        except DamagedError as error:
+            _fall_back(config, engine, newest, error, name)
+            continue
+        say(f"{name}: resuming {run_dir} after step {state.step}")
+        return state
+
+
+def _fall_back(
+    config: SFTConfig | RLConfig, engine: Engine, newest: Path, error: DamagedError, name: str
+) -> None:
+    """Set a damaged checkpoint aside if the run is configured so and has an older one; else raise."""
+    older = broadcast_object(folders.older_whole(newest) if engine.layout.is_main else None)
+    if older is None:
+        raise UserError(f"{error}; the run has no older checkpoint that is whole")
+    if config.checkpoint.on_damaged == "stop":
+        raise UserError(
+            f"{error}; {older} is whole: add --checkpoint.on_damaged older to go on from there, which"
+            f" renames {newest.name} to {folders.DAMAGED}{newest.name}"
+        )
+    say(f"{name}: warning: {error}; set aside, going on from {older}")
+    if engine.layout.is_main:
+        folders.set_aside(newest)
+
+
 class TrainingLoop:
     """The bookkeeping of one run on all ranks. Use `open_loop`; then, for each step:
 
@@ -39,67 +101,30 @@ class TrainingLoop:
     """
 
     def __init__(
-        self, config: SFTConfig | RLConfig, run_dir: Path, engine: Engine, tokenizer: Tokenizer, name: str
+        self,
+        config: SFTConfig | RLConfig,
+        run_dir: Path,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        name: str,
+        state: RunState,
+        logger: MetricsLogger,
+        progress: Progress,
+        stop: StopFlag,
     ) -> None:
-        self.config, self.run_dir, self.engine, self.tokenizer, self.name = (
-            config,
-            run_dir,
-            engine,
-            tokenizer,
-            name,
-        )
-        self.state: dict[str, Any] = {}
-        """What else a checkpoint remembers: plain values by name, as they were when it was written."""
-        self.start_step = self._restore()
+        self.config, self.run_dir, self.engine, self.tokenizer = config, run_dir, engine, tokenizer
+        self.name, self.state, self.start_step = name, state, state.step
         self.nonfinite = 0
-        self._logger: MetricsLogger
-        self._progress: Progress
-        self._stop: StopFlag
+        self._logger, self._progress, self._stop = logger, progress, stop
         self._saver = self._make_saver()
         self._spikes = health.SpikeWatch.resumed(
-            self.config.train.spike_sigmas, run_dir / "metrics.jsonl", self.start_step
+            config.train.spike_sigmas, run_dir / "metrics.jsonl", self.start_step
         )
         self._saved_step = self.start_step
         self._failed_saves = 0
         self._stall_s = 0.0
         self._metrics: dict[str, float] = {}
         self.clock = StepClock(engine)
-
-    def _restore(self) -> int:
-        """Fill the engine from the run's newest checkpoint, else from init; returns the steps already
-        done."""
-        layout = self.engine.layout
-        if layout.is_main:
-            folders.remove_leftovers(self.run_dir)
-        while True:
-            steps = list(folders.all_steps(self.run_dir).values())
-            newest = broadcast_object(steps[-1] if steps and layout.is_main else None)
-            if newest is None:
-                fill_weights(self.engine, self.config.init.checkpoint, self.config.seed)
-                return 0
-            try:
-                state = load_checkpoint(newest, self.engine.chunks, self.engine.optimizer)
-            except DamagedError as error:
-                self._fall_back(newest, error)
-                continue
-            step = int(state["step"])
-            self.state = {name: value for name, value in state.items() if name not in ("step", "seed")}
-            say(f"{self.name}: resuming {self.run_dir} after step {step}")
-            return step
-
-    def _fall_back(self, newest: Path, error: DamagedError) -> None:
-        """Set a damaged checkpoint aside if the run is configured so and has an older one; else raise."""
-        older = broadcast_object(folders.older_whole(newest) if self.engine.layout.is_main else None)
-        if older is None:
-            raise UserError(f"{error}; the run has no older checkpoint that is whole")
-        if self.config.checkpoint.on_damaged == "stop":
-            raise UserError(
-                f"{error}; {older} is whole: add --checkpoint.on_damaged older to go on from there, which"
-                f" renames {newest.name} to {folders.DAMAGED}{newest.name}"
-            )
-        say(f"{self.name}: warning: {error}; set aside, going on from {older}")
-        if self.engine.layout.is_main:
-            folders.set_aside(newest)
 
     def _make_saver(self) -> CheckpointSaver:
         layout, settings = self.engine.layout, self.config.checkpoint
@@ -205,7 +230,7 @@ class TrainingLoop:
             self._attempt(self._saver.wait, last=last and self._saved_step == step)
         if self._saved_step == step:
             return
-        state = {**self.state, "step": step, "seed": self.config.seed}
+        state = asdict(replace(self.state, step=step, seed=self.config.seed))
         self._saved_step = step
         self._attempt(lambda: self._saver.begin(step, state, self._metrics), last=last)
         if last or not self.config.checkpoint.background:
@@ -243,16 +268,18 @@ def open_loop(
 ) -> Iterator[TrainingLoop]:
     """A restored `TrainingLoop` with its progress bar, sinks and signal handlers; saves at the end if so
     configured."""
-    loop = TrainingLoop(config, run_dir, engine, tokenizer, name)
-    num_steps = config.train.num_steps
+    state, num_steps = restore(config, run_dir, engine, name), config.train.num_steps
     every = max(config.log.every, math.ceil(num_steps / PLAIN_LINES))
-    if loop.start_step >= num_steps:
+    if state.step >= num_steps:
         say(f"{name}: {run_dir} has done all {num_steps} steps; nothing to do (train.num_steps)")
     with (
-        MetricsLogger(run_dir, config.log, loop.start_step) as loop._logger,
-        Progress(name, num_steps, loop.start_step, every) as loop._progress,
-        stop_flag() as loop._stop,
+        MetricsLogger(run_dir, config.log, state.step) as logger,
+        Progress(name, num_steps, state.step, every) as progress,
+        stop_flag() as stop,
         watch(run_dir, engine.layout.rank, engine.layout.world_size, config.parallel.timeout_s),
     ):
+        loop = TrainingLoop(
+            config, run_dir, engine, tokenizer, name, state=state, logger=logger, progress=progress, stop=stop
+        )
         yield loop
         loop.close()

@@ -190,22 +190,25 @@ def test_a_run_that_gives_up_can_be_replayed_row_by_row(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from phi4r.configs.load import prepare_run_dir
-    from phi4r.configs.sections import TrainConfig
+    from phi4r.configs.sections import CheckpointConfig, TrainConfig
     from phi4r.data.tokenizer import Tokenizer
-    from phi4r.train.loop import TrainingLoop
+    from phi4r.train.loop import open_loop
 
-    config = SFTConfig(train=TrainConfig(max_nonfinite_steps=0))
+    config = SFTConfig(
+        train=TrainConfig(max_nonfinite_steps=0), checkpoint=CheckpointConfig(save_final=False)
+    )
     prepare_run_dir(config, tmp_path)
     engine = ranks.make_engine({})
-    loop = TrainingLoop(config, tmp_path, engine, Tokenizer.builtin(), "sft")
     rows = ranks.rows(0)
     others = np.concatenate([row.input_ids for row in (rows[0], *rows[2:])])
     bad_token = np.setdiff1d(rows[1].input_ids, others)[0]
-    engine.models[0].embedding.word_embeddings.weight.data[int(bad_token)] = float("inf")
-    engine.sync_optimizer()
-    result = engine.train_step(rows, ranks.sft_loss, 1e-3)
-    with pytest.raises(RuntimeError, match=r"step 8: .*`phi4r replay .*` does the step again, row by row"):
-        loop.check_finite(7, result, rows)
+    with open_loop(config, tmp_path, engine, Tokenizer.builtin(), "sft") as loop:
+        engine.models[0].embedding.word_embeddings.weight.data[int(bad_token)] = float("inf")
+        engine.sync_optimizer()
+        result = engine.train_step(rows, ranks.sft_loss, 1e-3)
+        told = r"step 8: .*`phi4r replay .*` does the step again, row by row"
+        with pytest.raises(RuntimeError, match=told):
+            loop.check_finite(7, result, rows)
 
     assert command(["replay", str(tmp_path)]) == 0
     out = capsys.readouterr().out

@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,15 @@ from phi4r_kernels.linear_loss import LossSpec
 from torch import Tensor
 
 from phi4r.cli.main import main
-from phi4r.configs.sections import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from phi4r.configs.sections import CheckpointConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from phi4r.configs.stages import SFTConfig
+from phi4r.core.errors import UserError
 from phi4r.data.packing import Document, PackedRow, pack
 from phi4r.data.tokenizer import Tokenizer
 from phi4r.models.names import load_weights, random_weights
 from phi4r.parallel.layout import init_layout
 from phi4r.train.engine import Engine, StepResult, TokenLoss, sft_loss
-from phi4r.train.loop import TrainingLoop
+from phi4r.train.loop import RunState, TrainingLoop, open_loop
 
 MODEL = ModelConfig(
     num_layers=2, hidden_size=16, ffn_hidden_size=32, num_attention_heads=2, num_query_groups=1, head_dim=8,
@@ -122,13 +124,17 @@ def test_a_step_that_is_not_finite_leaves_no_trace(bad: TokenLoss) -> None:
     assert not same_bits(tensors(engine), before)
 
 
-def open_training(run_dir: Path, limit: int) -> TrainingLoop:
-    config = SFTConfig(train=TrainConfig(max_nonfinite_steps=limit))
-    return TrainingLoop(config, run_dir, make_engine(), Tokenizer.load(""), "sft")
+@pytest.fixture
+def loop(tmp_path: Path) -> Iterator[TrainingLoop]:
+    """A run that gives up at the third step in a row that is not finite."""
+    config = SFTConfig(
+        train=TrainConfig(max_nonfinite_steps=2), checkpoint=CheckpointConfig(save_final=False)
+    )
+    with open_loop(config, tmp_path, make_engine(), Tokenizer.load(""), "sft") as opened:
+        yield opened
 
 
-def test_steps_in_a_row_are_counted_and_a_good_one_starts_again(tmp_path: Path) -> None:
-    loop = open_training(tmp_path, limit=2)
+def test_steps_in_a_row_are_counted_and_a_good_one_starts_again(loop: TrainingLoop) -> None:
     good, bad = (StepResult(1.0, 5, norm, norm == 1.0, {}) for norm in (1.0, float("nan")))
     for result in (bad, bad, good, bad, bad, good):
         loop.check_finite(0, result, rows(0))
@@ -170,6 +176,24 @@ def test_a_run_that_diverges_counts_its_skipped_steps_and_stops(
 
 
 # --- checkpoints
+
+
+@pytest.mark.parametrize(
+    ("saved", "state"),
+    [
+        ({"step": 7, "seed": 3}, RunState(7, 3, next_batch=7)),
+        ({"step": 7, "seed": 3, "num_draws": 9}, RunState(7, 3, next_batch=9)),
+        ({"step": 7, "seed": 3, "num_draws": 9, "curriculum": {"a": 1}}, RunState(7, 3, 9, {"a": 1})),
+    ],
+)
+def test_states_of_version_0_1_0_are_read(saved: dict[str, Any], state: RunState) -> None:
+    assert RunState.from_dict(saved) == state
+    assert RunState.from_dict(json.loads(json.dumps(asdict(state)))) == state
+
+
+def test_a_state_with_an_unknown_name_is_refused() -> None:
+    with pytest.raises(UserError, match="unknown 'shard': from a newer phi4r"):
+        RunState.from_dict({"step": 7, "seed": 3, "shard": 1})
 
 
 def test_checkpoints_come_when_due_and_at_the_end_and_a_finished_run_has_nothing_to_do(
