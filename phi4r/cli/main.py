@@ -53,7 +53,11 @@ COMMANDS: dict[str, Command] = {
     "eval": Command(
         "Measure accuracy with intervals over problems and samples", "eval", "phi4r.evaluate.run:main"
     ),
-    "generate": Command("Sample one answer, as it is written", "", "phi4r.commands.generate:main"),
+    "generate": Command(
+        "Generate a response and stream it, or answers to a file of problems",
+        "generate",
+        "phi4r.commands.generate:main",
+    ),
     "score": Command("Log-probs of given token sequences", "", "phi4r.commands.score:main"),
     "convert": Command(
         "Convert between Hugging Face folders and phi4r checkpoints", "", "phi4r.convert.hf:main"
@@ -329,11 +333,23 @@ def _no_overrides(ctx: typer.Context) -> None:
         raise UserError(f"`phi4r {ctx.info_name}` takes no settings, got --{ctx.obj[0]}")
 
 
-@_command("generate", '  phi4r generate runs/rl --prompt "7*9-6="')
+_GENERATE_EXAMPLES = """\
+  phi4r generate runs/rl --prompt "7*9-6="
+  phi4r generate runs/rl --problems problems.jsonl --samples 4 --run-dir runs/answers --sampling.engine vllm
+  phi4r generate teacher --problems problems.jsonl --run-dir runs/traces --sampling.engine openai \\
+      --sampling.url http://node7:8000/v1 --sampling.model teacher"""
+
+
+@_command("generate", _GENERATE_EXAMPLES)
 def generate(
     ctx: typer.Context,
     checkpoint: CheckpointArgument,
-    prompt: Annotated[str, typer.Option("--prompt", help="What the user says")],
+    prompt: Annotated[str, typer.Option("--prompt", help="What the user says; the answer is printed")] = "",
+    problems: Annotated[
+        str, typer.Option("--problems", help="Problems to answer; RUN/answers.jsonl gets a line per answer")
+    ] = "",
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Answers to each")] = 1,
+    run_dir: RunDirOption = "",
     system: Annotated[str, typer.Option("--system", help='"none", "reasoning" or any text')] = "none",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 256,
     temperature: Annotated[
@@ -343,19 +359,27 @@ def generate(
     top_k: Annotated[int, typer.Option("--top-k", min=0, help="0: all tokens")] = 50,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
 ) -> None:
+    """The model card recommends temperature 0.8, top-p 0.95, top-k 50."""
+    from phi4r.configs.load import load_stage
     from phi4r.parallel.launch import run_handler
 
-    parallel = _parallel(ctx)
-    options = {
-        "system": system,
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "seed": seed,
-        "parallel": parallel,
-    }
-    run_handler(COMMANDS["generate"].target, [checkpoint, prompt], parallel, options=options)
+    if bool(prompt) == bool(problems):
+        raise UserError("generate: give either --prompt or --problems")
+    if prompt and run_dir:
+        raise UserError("generate: --run-dir has no effect on --prompt, whose answer is printed")
+    short = {
+        "seed": seed, "generate.samples": samples, "problems.path": problems,
+        "problems.system_message": system,
+        "sampling.max_new_tokens": max_new_tokens, "sampling.temperature": temperature,
+        "sampling.top_p": top_p, "sampling.top_k": top_k,
+    }  # fmt: skip
+    loaded = load_stage("generate", None, [*(f"{key}={value}" for key, value in short.items()), *ctx.obj])
+    if problems:
+        name = Path(checkpoint).resolve().name
+        _run_stage("generate", loaded, run_dir or f"runs/generate_{name}", False, checkpoint)
+        return
+    show = COMMANDS["generate"].target.replace(":main", ":show")
+    run_handler(show, [loaded.config, checkpoint, prompt], loaded.config.parallel)
 
 
 @_command("score", "  phi4r score runs/sft in.jsonl out.jsonl --parallel.tp 2")

@@ -19,7 +19,8 @@ FILES = {
     "sft": ("config.json", "metrics.jsonl", "checkpoints/step_*/", "logs/"),
     "rl": ("config.json", "metrics.jsonl", "rollouts/step_*.jsonl", "checkpoints/step_*/", "logs/"),
     "curate": ("config.json", "problems kept and removed, with reasons", "report"),
-    "eval": ("config.json", "results.jsonl", "summary.json"),
+    "eval": ("config.json", "ledger/answers_*.jsonl", "results.jsonl", "summary.json"),
+    "generate": ("config.json", "ledger/answers_*.jsonl", "answers.jsonl"),
 }
 """What each stage writes into its run folder."""
 

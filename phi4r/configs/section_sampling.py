@@ -338,6 +338,17 @@ class EvalSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GenerateSettings:
+    """Answers to prompts, to read or to train on."""
+
+    samples: int = 1
+    """Answers to each prompt, with seeds of their own."""
+
+    def __post_init__(self) -> None:
+        at_least("generate", self, samples=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CurateSettings:
     """What is removed from a set of problems, and what is kept."""
 

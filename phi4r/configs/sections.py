@@ -8,6 +8,7 @@ start, except where the paper gives a value that has no small-scale twin.
 from phi4r.configs.section_sampling import (
     CurateSettings,
     EvalSettings,
+    GenerateSettings,
     ObjectiveConfig,
     ProblemsConfig,
     RewardConfig,
@@ -33,6 +34,7 @@ __all__ = [
     "CurateSettings",
     "DataConfig",
     "EvalSettings",
+    "GenerateSettings",
     "InitConfig",
     "LogConfig",
     "ModelConfig",

@@ -10,6 +10,7 @@ from phi4r.configs.sections import (
     CurateSettings,
     DataConfig,
     EvalSettings,
+    GenerateSettings,
     InitConfig,
     LogConfig,
     ModelConfig,
@@ -114,8 +115,10 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
     )
 
 
-def check_sampling(sampling: SamplingConfig, parallel: ParallelConfig) -> None:
-    """Refuse a layout for a stage that only talks to servers: raises ConfigError."""
+def check_sampling(sampling: SamplingConfig, parallel: ParallelConfig, vllm: VLLMConfig) -> None:
+    """Refuse what has no effect on a stage that samples from fixed weights: raises ConfigError."""
+    require(vllm.transfer == "files", "vllm.transfer", "is for RL: weights that do not change are files")
+    require(not vllm.registry, "vllm.registry", "is for RL: give the servers' addresses (vllm.addresses)")
     require(
         sampling.engine == "embedded" or parallel.world_size == 1,
         "parallel",
@@ -290,7 +293,7 @@ class CurateConfig:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", f"must be at least 0, got {self.seed}")
-        check_sampling(self.sampling, self.parallel)
+        check_sampling(self.sampling, self.parallel, self.vllm)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,15 +312,34 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", f"must be at least 0, got {self.seed}")
-        check_sampling(self.sampling, self.parallel)
+        check_sampling(self.sampling, self.parallel, self.vllm)
 
 
-StageConfig = SFTConfig | RLConfig | CurateConfig | EvalConfig
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Generation: answers of a model to prompts, to read or to train on (traces of a teacher)."""
+
+    seed: int = 0
+    """Seed of every random choice of the run."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    problems: ProblemsConfig = field(default_factory=ProblemsConfig)
+    generate: GenerateSettings = field(default_factory=GenerateSettings)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, "seed", f"must be at least 0, got {self.seed}")
+        check_sampling(self.sampling, self.parallel, self.vllm)
+
+
+StageConfig = SFTConfig | RLConfig | CurateConfig | EvalConfig | GenerateConfig
 
 STAGES: dict[str, type] = {
     "sft": SFTConfig,
     "rl": RLConfig,
     "curate": CurateConfig,
     "eval": EvalConfig,
+    "generate": GenerateConfig,
 }
 """Stage name -> its configuration. The names are also the tables `[sft.*]`, `[rl.*]`, ... of a recipe."""

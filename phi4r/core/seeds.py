@@ -40,6 +40,7 @@ class Stream(IntEnum):
     # evaluation and curation
     EVAL_SAMPLES = 31
     PASS_RATE = 41
+    GENERATE = 51
     HELDOUT = 81
 
 

@@ -98,7 +98,7 @@ def main(
     else:
         skipped.append("decontaminate did not run: no held-out problems (curate.heldout_path)")
     if sample_pass_rate is None and settings.checkpoint:
-        sample_pass_rate = importlib.import_module("phi4r.curate.pass_rate").load_sampler(config)
+        sample_pass_rate = importlib.import_module("phi4r.curate.pass_rate").load_sampler(config, run_dir)
     if sample_pass_rate is not None:
         state = _measure(state, run_dir, config, sample_pass_rate)
     else:

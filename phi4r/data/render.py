@@ -59,7 +59,11 @@ def _assistant_ids(tokenizer: Tokenizer, trace: str | None, solution: str) -> li
     return [tokenizer.think, *tokenizer.encode(trace), tokenizer.end_think, *answer]
 
 
-def _turns(messages: Sequence[AnyMessage], system: str) -> list[Message]:
+def conversation(messages: Sequence[AnyMessage] | Problem, system: str = "none") -> list[Message]:
+    """The turns to be answered or trained on, checked: a problem is one user turn; the turn that `system`
+    gives (`system_text`) comes first."""
+    if isinstance(messages, Problem):
+        messages = [Message("user", messages.problem)]
     turns = [Message("system", system_text(system))] if system_text(system) else []
     for message in messages:
         turn = message if isinstance(message, Message) else Message(message["role"], message["content"])
@@ -105,10 +109,8 @@ def render_prompt(
     `messages`: `Message`s or {"role", "content"}, or a `Problem` (its text is one user turn). `system`: see
     `system_text`; the system turn it gives comes first, before a system turn of the conversation's own.
     """
-    if isinstance(messages, Problem):
-        messages = [Message("user", messages.problem)]
     writer = _Writer(tokenizer)
-    for turn in _turns(messages, system):
+    for turn in conversation(messages, system):
         writer.message(turn)
     writer.open_turn("assistant")
     return writer.ids
@@ -140,12 +142,12 @@ def render_example(
     writer = _Writer(tokenizer)
     if isinstance(example, Problem):
         reply = problem_reply(example)
-        for turn in _turns([Message("user", example.problem)], system):
+        for turn in conversation(example, system):
             writer.message(turn)
         writer.turn("assistant", _assistant_ids(tokenizer, *reply))
     else:
         messages = example.messages if isinstance(example, Conversation) else example
-        for turn in _turns(messages, system):
+        for turn in conversation(messages, system):
             writer.message(turn)
     return np.asarray(writer.ids, dtype=np.int32), np.asarray(writer.mask, dtype=np.bool_)
 

@@ -11,12 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from phi4r.configs.stages import EvalConfig
-from phi4r.core.console import Progress, console, is_main_rank
+from phi4r.core.console import console, is_main_rank
 from phi4r.core.errors import UserError
 from phi4r.core.io import atomic_write_json
 from phi4r.core.problem import Problem
 from phi4r.core.seeds import Stream
-from phi4r.data.render import render_prompt
 from phi4r.evaluate.results import (
     Results,
     SummarySettings,
@@ -26,17 +25,14 @@ from phi4r.evaluate.results import (
     summary_table,
     write_results,
 )
-from phi4r.parallel.layout import broadcast_object, distributed_session
+from phi4r.parallel.layout import broadcast_object, distributed_session, init_layout
 from phi4r.rl.audit import write_audit
 from phi4r.rl.problems import get_problems
-from phi4r.sampling.embedded import EmbeddedEngine
-from phi4r.sampling.types import Sample, SampleRequest, SamplingOptions, to_samples
+from phi4r.sampling.service import open_service
+from phi4r.sampling.types import Response, to_responses
 from phi4r.tasks import grade_responses
-from phi4r.train.session import Inference, open_inference
 from phi4r.verify.pool import VerifierPool
 from phi4r.verify.strict import Verdict
-
-NUM_SLOTS = 256
 
 
 def main(cfg: EvalConfig, checkpoint: str, run_dir: Path) -> None:
@@ -64,22 +60,26 @@ def main(cfg: EvalConfig, checkpoint: str, run_dir: Path) -> None:
 
 def evaluate_checkpoint(cfg: EvalConfig, checkpoint: str, path: Path) -> Results:
     """All runs of one checkpoint; writes the result file on rank 0 and returns the results on every rank."""
-    opened = open_inference(checkpoint, cfg.parallel, cfg.tokenizer)
-    problems = broadcast_object(_problems(cfg, path.parent) if opened.layout.is_main else None)
+    layout = init_layout(cfg.parallel)
+    problems = broadcast_object(_problems(cfg, path.parent) if layout.is_main else None)
     first_run = cfg.eval.part * cfg.eval.runs
-    runs = sample_runs(
-        opened,
-        problems,
-        cfg.eval.runs,
-        SamplingOptions(cfg.sampling.max_new_tokens, cfg.sampling.temperature),
-        (cfg.seed, Stream.EVAL_SAMPLES),
-        cfg.problems.system_message,
-        title=f"eval {Path(checkpoint).name}",
-        first_run=first_run,
-    )
+    seeds = list(range(first_run, first_run + cfg.eval.runs))
+    with open_service(
+        cfg.sampling, cfg.vllm, cfg.parallel, cfg.tokenizer, checkpoint, path.parent
+    ) as service:
+        system = cfg.problems.system_message
+        requests = [
+            service.request(problem, system, (cfg.seed, Stream.EVAL_SAMPLES, run, index))
+            for run in seeds
+            for index, problem in enumerate(problems)
+        ]
+        answers = service.answer(requests, f"eval {Path(checkpoint).name}")
     results = None
-    if opened.layout.is_main:
-        seeds = list(range(first_run, first_run + cfg.eval.runs))
+    if layout.is_main:
+        runs = [
+            to_responses(answers[start : start + len(problems)], 1, service.tokenizer)
+            for start in range(0, len(answers), len(problems))
+        ]
         audit = path.with_name(path.name.replace("results.jsonl", "audit"))
         with VerifierPool(cfg.reward.verifier_workers, cfg.reward.verifier_timeout_s) as pool:
             results = evaluate_samples(problems, runs, checker(pool, cfg, audit), seeds=seeds)
@@ -97,39 +97,15 @@ def _problems(cfg: EvalConfig, run_dir: Path) -> list[Problem]:
 
 def checker(
     pool: VerifierPool, cfg: EvalConfig, audit: Path
-) -> Callable[[Sequence[Problem], Sequence[Sample]], list[Verdict]]:
+) -> Callable[[Sequence[Problem], Sequence[Response]], list[Verdict]]:
     """The check of evaluation: the one that serves the reward. Run by run; disagreements of its audit are
     written to the folder `audit`, a file for each run."""
     runs = itertools.count(cfg.eval.part * cfg.eval.runs)
 
-    def check(problems: Sequence[Problem], samples: Sequence[Sample]) -> list[Verdict]:
+    def check(problems: Sequence[Problem], samples: Sequence[Response]) -> list[Verdict]:
         pairs = [(p, s.text) for p, s in zip(problems, samples, strict=True)]
         verdicts = grade_responses(pairs, pool, cfg.reward, [s.finished for s in samples])
         write_audit(audit, next(runs), zip(problems, samples, verdicts, strict=True), cfg.seed)
         return verdicts
 
     return check
-
-
-def sample_runs(
-    opened: Inference,
-    problems: Sequence[Problem],
-    num_runs: int,
-    options: SamplingOptions,
-    key: tuple[int, ...],
-    system_message: str,
-    title: str,
-    first_run: int = 0,
-) -> list[list[Sample]]:
-    """`samples[run][problem]`: one answer per problem and run. The stream of run r
-    is (key, first_run + r, problem index)."""
-    prompts = [tuple(render_prompt(opened.tokenizer, p, system_message)) for p in problems]
-    sampler = EmbeddedEngine(opened.engine, opened.tokenizer.eos_ids, NUM_SLOTS)
-    runs = []
-    with Progress(title, num_runs) as progress:
-        for run in range(num_runs):
-            requests = [SampleRequest(prompt, (*key, first_run + run, i)) for i, prompt in enumerate(prompts)]
-            samples = to_samples(sampler.generate(requests, options), prompts, 1, opened.tokenizer)
-            runs.append(samples)
-            progress.update(run + 1, {"mean length": sum(s.num_tokens for s in samples) / len(samples)})
-    return runs

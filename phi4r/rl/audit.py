@@ -24,7 +24,7 @@ from rich.text import Text
 from phi4r.core.errors import UserError
 from phi4r.core.io import JsonlWriter, read_jsonl
 from phi4r.core.problem import Problem
-from phi4r.sampling.types import Sample
+from phi4r.sampling.types import Response, Sample
 from phi4r.verify.audit import audit_row, disagrees, drawn
 from phi4r.verify.strict import Verdict
 
@@ -33,7 +33,7 @@ TAIL_CHARS = 600
 
 
 def write_audit(
-    folder: Path, step: int, graded: Iterable[tuple[Problem, Sample, Verdict]], seed: int
+    folder: Path, step: int, graded: Iterable[tuple[Problem, Sample | Response, Verdict]], seed: int
 ) -> None:
     """Log the disagreements of a step (of an evaluation: a run); a file of the same step is replaced, or
     removed where there are none."""

@@ -137,7 +137,7 @@ class QueueFiles:
         with JsonlWriter(self.path / f"step_{step:06d}.jsonl") as writer:
             for number, completions in sorted(batches.items()):
                 for completion in completions:
-                    writer.write({"batch": number, **vars(completion)})
+                    writer.write({"batch": number, **completion.to_row()})
 
     def take(self, step: int) -> dict[int, list[Completion]]:
         """The batches saved after `step` steps, or last before; files newer than the restored checkpoint are

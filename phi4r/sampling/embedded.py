@@ -18,23 +18,43 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from phi4r.models.kv_cache import KVCache
+from phi4r.core.console import say
+from phi4r.core.errors import UserError
+from phi4r.models.kv_cache import BLOCK, KVCache
 from phi4r.models.packed import HeadRequest, PackedContext
 from phi4r.parallel.attempt import beat
-from phi4r.sampling.types import Completion, PromptBatch, SampleRequest, SamplingOptions, Span
+from phi4r.sampling.types import Completion, OnAnswer, PromptBatch, SampleRequest, SamplingOptions, Span
 from phi4r.train.engine import Engine
 
 PREFILL_TOKENS = 2048
+GIB = 2**30
+SAID = GIB // 8
+"""Bytes of keys and values from which they are worth a line."""
 
 
 Key = tuple[int, int]
 """(batch, request) of a sequence."""
+
+
+class _Waiting(NamedTuple):
+    """A request that has no slot yet, and its partial rollout."""
+
+    key: Key
+    request: SampleRequest
+    begun: Completion
+
+    @property
+    def num_tokens(self) -> int:
+        """To be prefilled."""
+        return len(self.request.prompt_tokens) + len(self.begun.tokens)
 
 
 @dataclass
@@ -48,10 +68,11 @@ class _Sequence:
     logprobs: list[float]
 
     @classmethod
-    def of(cls, key: Key, request: SampleRequest, options: SamplingOptions, begun: Completion) -> _Sequence:
-        """The request, to go on after `begun`."""
+    def of(cls, waiting: _Waiting, options: SamplingOptions) -> _Sequence:
+        """The request, to be resumed after what it has already."""
+        request, begun = waiting.request, waiting.begun
         stream = uniforms(request.key, options.max_new_tokens)
-        return cls(key, request.prompt_tokens, stream, begun, [*begun.tokens], [*begun.logprobs])
+        return cls(waiting.key, request.prompt_tokens, stream, begun, [*begun.tokens], [*begun.logprobs])
 
     def completion(self, finished: bool, version: int) -> Completion:
         """What there is of it; what is new was sampled by the weights `version`."""
@@ -95,6 +116,15 @@ def draw_tokens(logits_BV: Tensor, uniforms_B: Tensor, options: SamplingOptions)
     return tokens_B, logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory that more tensors of this process can take: what the GPU, or this machine, has left."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
 class EmbeddedEngine:
     """Samples with the weights of `engine`. stop_ids: token ids that end a sequence; num_slots: sequences
     decoded at once on each model copy; samples do not depend on it."""
@@ -108,6 +138,8 @@ class EmbeddedEngine:
         self.version = 0
         self._open: dict[int, PromptBatch] = {}
         self._busy: list[Span] = []
+        self._room_checked = 0
+        """Bytes of keys and values that were found to fit."""
 
     def sync(self, version: int) -> dict[str, float]:
         """Nothing has to move: the weights are the trainer's own."""
@@ -118,14 +150,21 @@ class EmbeddedEngine:
         self,
         requests: Sequence[SampleRequest],
         options: SamplingOptions,
+        on_answer: OnAnswer = lambda number, answer, server: None,
         on_token: Callable[[int], None] | None = None,
     ) -> list[Completion]:
         """Completions of `requests`, in order, on every rank. All ranks must call with the same arguments.
 
-        on_token(id) is called with every new token of request 0 on the ranks that sample it (to stream it).
+        on_answer: called on one rank of the copy of the model that sampled the answer. on_token(id) is called
+        with every new token of request 0 on the ranks that sample it (to stream it).
         """
         batch = PromptBatch(requests, options, [Completion()] * len(requests))
-        self._advance({0: batch}, 0, on_token)
+
+        def tell(key: Key, answer: Completion) -> None:
+            if self.layout.reports:
+                on_answer(key[1], answer, f"embedded {self.layout.replica}")
+
+        self._advance({0: batch}, 0, tell, on_token)
         return batch.answers
 
     def open(
@@ -161,6 +200,7 @@ class EmbeddedEngine:
         self,
         batches: dict[int, PromptBatch],
         needed: int,
+        tell: Callable[[Key, Completion], None] = lambda key, answer: None,
         on_token: Callable[[int], None] | None = None,
     ) -> None:
         """Sample on every replica its share of `batches`, the lowest number first, until batch `needed` is
@@ -170,12 +210,12 @@ class EmbeddedEngine:
         options, layout = batches[needed].options, self.layout
         assert all(batch.options == options for batch in batches.values())
         waiting = deque(
-            _Sequence.of((number, index), batch.requests[index], options, batch.answers[index])
+            _Waiting((number, index), batch.requests[index], batch.answers[index])
             for number, batch in sorted(batches.items())
             for index in range(layout.replica, len(batch.requests), layout.num_replicas)
             if not batch.answers[index].is_complete(options)
         )
-        local = self._sample_until(needed, waiting, options, len(batches) > 1, on_token)
+        local = self._sample_until(needed, waiting, options, len(batches) > 1, tell, on_token)
         if layout.num_replicas > 1:
             shares: list[dict[Key, Completion] | None] = [None] * layout.world_size
             dist.all_gather_object(shares, local if layout.reports else None)
@@ -186,17 +226,19 @@ class EmbeddedEngine:
     def _sample_until(
         self,
         needed: int,
-        waiting: deque[_Sequence],
+        waiting: deque[_Waiting],
         options: SamplingOptions,
         has_more: bool,
+        tell: Callable[[Key, Completion], None],
         on_token: Callable[[int], None] | None,
     ) -> dict[Key, Completion]:
         """Sample until no sequence of the batch `needed` is left, here or, where there is more to do
         meanwhile (`has_more`), on any replica. Returns what was begun or ended."""
-        longest = max((len(s.prompt) for s in waiting), default=0) + options.max_new_tokens
+        longest = max((len(one.request.prompt_tokens) for one in waiting), default=0) + options.max_new_tokens
         slots = min(self.num_slots, len(waiting))
+        self._require_room(slots, longest)
         cache = KVCache(slots, longest, self.layout.device)
-        left = sum(sequence.key[0] == needed for sequence in waiting)
+        left = sum(one.key[0] == needed for one in waiting)
         live: list[_Sequence] = []
         done: dict[Key, Completion] = {}
         while self._is_needed(left, has_more):
@@ -207,7 +249,7 @@ class EmbeddedEngine:
             # Prefilling in batches costs less than one by one: up to an eighth of the slots may stay empty,
             # but not where the last prompts would fit.
             if waiting and (not live or free >= max(1, min(len(waiting), slots // 8))):
-                new = self._take(waiting, free)
+                new = self._take(waiting, free, options)
                 self._prefill(cache, new, len(live), options)
                 live += new
             else:
@@ -217,8 +259,28 @@ class EmbeddedEngine:
                 for sequence in new:
                     if sequence.key[1] == 0:
                         on_token(sequence.tokens[-1])
-            left -= sum(key[0] == needed for key in self._retire(cache, live, done, options))
+            for key in self._retire(cache, live, done, options):
+                left -= key[0] == needed
+                tell(key, done[key])
         return done | {sequence.key: sequence.completion(False, self.version) for sequence in live}
+
+    def _require_room(self, slots: int, longest: int) -> None:
+        """Say what keys and values may take, and refuse more than is free: UserError."""
+        config = self.engine.config
+        layers = sum(len(model.decoder.layers) for model in self.engine.models)
+        width = config.num_query_groups // self.layout.tp * config.kv_channels * config.params_dtype.itemsize
+        sequence = 2 * layers * width * -(-longest // BLOCK) * BLOCK
+        if slots * sequence <= self._room_checked:
+            return
+        self._room_checked, free = slots * sequence, free_bytes(self.layout.device)
+        what = f"{slots:,} sequences of at most {longest:,} tokens"
+        if slots * sequence > free:
+            raise UserError(
+                f"sampling.num_slots: keys and values of {what} take up to {slots * sequence / GIB:,.2f} GiB,"
+                f" and {free / GIB:,.2f} GiB are free: at most {free // sequence:,} fit"
+            )
+        if slots * sequence >= SAID:
+            say(f"sampling: keys and values of {what} take up to {slots * sequence / GIB:,.2f} GiB")
 
     def _is_needed(self, left: int, has_more: bool) -> bool:
         """Whether sampling goes on with `left` needed sequences here. Replicas that may sample later
@@ -229,16 +291,17 @@ class EmbeddedEngine:
         dist.all_reduce(most, dist.ReduceOp.MAX)
         return bool(most.item())
 
-    def _take(self, waiting: deque[_Sequence], free: int) -> list[_Sequence]:
+    def _take(self, waiting: deque[_Waiting], free: int, options: SamplingOptions) -> list[_Sequence]:
+        """The next requests that a prefill takes, at least one and at most `free`."""
         taken: list[_Sequence] = []
         num_tokens = 0
         while (
             waiting
             and len(taken) < free
-            and (not taken or num_tokens + len(waiting[0].prompt) + len(waiting[0].tokens) <= PREFILL_TOKENS)
+            and (not taken or num_tokens + waiting[0].num_tokens <= PREFILL_TOKENS)
         ):
-            taken.append(waiting.popleft())
-            num_tokens += len(taken[-1].prompt) + len(taken[-1].tokens)
+            num_tokens += waiting[0].num_tokens
+            taken.append(_Sequence.of(waiting.popleft(), options))
         return taken
 
     def _retire(
@@ -255,6 +318,7 @@ class EmbeddedEngine:
                 continue
             done[sequence.key] = sequence.completion(finished, self.version)
             ended.append(sequence.key)
+            cache.release(slot)
             last = live.pop()
             if slot < len(live):
                 live[slot] = last

@@ -35,10 +35,12 @@ class SamplingOptions:
 @dataclass(frozen=True)
 class SampleRequest:
     """A prompt and the counters, such as (run seed, stream, step, prompt, sample), that fix its random
-    stream."""
+    stream. messages: (role, content) of a prompt that the server renders (engine "openai"), which then has no
+    tokens."""
 
     prompt_tokens: tuple[int, ...]
     key: tuple[int, ...]
+    messages: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,18 +48,34 @@ class Completion:
     """tokens: sampled ids, the end token included where one came; logprobs: float32 [len(tokens)], natural
     log, each under the weights that sampled its token; finished: an end token came; spans: (version, number
     of tokens) of the weights behind the tokens, in order. A version counts optimizer steps. An unfinished
-    completion of fewer than max_new_tokens is a partial rollout."""
+    completion of fewer than max_new_tokens is a partial rollout.
+
+    A filtered answer of a vLLM server has no log-probs: the server's are the filtered distribution's. An
+    answer of a server that gives text only has `text`, no tokens, and their number in `spans`."""
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finished: bool = False
     spans: list[tuple[int, int]] = field(default_factory=list)
+    text: str | None = None
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Completion:
         """Back from JSON; other fields of the row are ignored."""
         spans = [(version, count) for version, count in row["spans"]]
-        return cls(row["tokens"], row["logprobs"], row["finished"], spans)
+        return cls(row["tokens"], row["logprobs"], row["finished"], spans, row.get("text"))
+
+    def to_row(self) -> dict[str, Any]:
+        """As JSON; `text` only where there is one."""
+        row = dict(vars(self))
+        if self.text is None:
+            del row["text"]
+        return row
+
+    @property
+    def num_tokens(self) -> int:
+        """Sampled so far."""
+        return len(self.tokens) or sum(count for _, count in self.spans)
 
     @property
     def version(self) -> int:
@@ -66,7 +84,7 @@ class Completion:
 
     def is_complete(self, options: SamplingOptions) -> bool:
         """Whether nothing can follow."""
-        return self.finished or len(self.tokens) >= options.max_new_tokens
+        return self.finished or self.num_tokens >= options.max_new_tokens
 
     def followed_by(self, more: Completion) -> Completion:
         """This partial rollout and what was sampled after it."""
@@ -117,28 +135,62 @@ class Sample:
         return min((version for version, _ in self.version_spans), default=0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Response:
+    """One answer as a grader sees it: the text (end token not included), its length in tokens, and whether it
+    ended before the limit."""
+
+    prompt_index: int
+    sample_index: int
+    text: str
+    num_tokens: int
+    finished: bool
+
+
+def to_responses(
+    completions: Sequence[Completion], group_size: int, tokenizer: Tokenizer | None
+) -> list[Response]:
+    """Completions in prompt-major order, `group_size` of each prompt, as responses. tokenizer: None where all
+    are texts."""
+    found = []
+    for index, completion in enumerate(completions):
+        prompt_index, sample_index = divmod(index, group_size)
+        text = completion.text
+        if text is None:
+            assert tokenizer is not None
+            text = tokenizer.decode(completion.tokens[:-1] if completion.finished else completion.tokens)
+        found.append(
+            Response(
+                prompt_index=prompt_index,
+                sample_index=sample_index,
+                text=text,
+                num_tokens=completion.num_tokens,
+                finished=completion.finished,
+            )
+        )
+    return found
+
+
 def to_samples(
     completions: Sequence[Completion], prompts: Sequence[Sequence[int]], group_size: int, tokenizer: Tokenizer
 ) -> list[Sample]:
     """Completions in prompt-major order as samples with decoded text (the end token is not part of the
     text)."""
-    samples = []
-    for index, completion in enumerate(completions):
-        prompt_index, sample_index = divmod(index, group_size)
-        text_tokens = completion.tokens[:-1] if completion.finished else completion.tokens
-        samples.append(
-            Sample(
-                prompt_index=prompt_index,
-                sample_index=sample_index,
-                prompt_tokens=np.asarray(prompts[prompt_index], dtype=np.int32),
-                tokens=np.asarray(completion.tokens, dtype=np.int32),
-                logprobs=np.asarray(completion.logprobs, dtype=np.float32),
-                finished=completion.finished,
-                text=tokenizer.decode(text_tokens),
-                version_spans=tuple(completion.spans),
-            )
+    return [
+        Sample(
+            prompt_index=response.prompt_index,
+            sample_index=response.sample_index,
+            prompt_tokens=np.asarray(prompts[response.prompt_index], dtype=np.int32),
+            tokens=np.asarray(completion.tokens, dtype=np.int32),
+            logprobs=np.asarray(completion.logprobs, dtype=np.float32),
+            finished=response.finished,
+            text=response.text,
+            version_spans=tuple(completion.spans),
         )
-    return samples
+        for completion, response in zip(
+            completions, to_responses(completions, group_size, tokenizer), strict=True
+        )
+    ]
 
 
 @dataclass
@@ -204,5 +256,5 @@ class Sampler(Protocol):
 
     def generate(
         self, requests: Sequence[SampleRequest], options: SamplingOptions, on_answer: OnAnswer
-    ) -> None:
-        """Answer all requests, in any order; every answer goes to `on_answer`."""
+    ) -> list[Completion]:
+        """The answers to all requests, in order, on every rank; each goes to `on_answer` as it arrives."""

@@ -124,7 +124,9 @@ def test_a_persistent_board_gives_the_oldest_request_first_and_goes_on_from_what
     async def run() -> None:
         told: list[tuple[int, list[int]]] = []
         made = [SampleRequest((5,), (i,)) for i in range(5)]
-        board = Board(made[:2], persists=True, tell=lambda index, found: told.append((index, found.tokens)))
+        board = Board(
+            made[:2], persists=True, tell=lambda index, found, _: told.append((index, found.tokens))
+        )
         assert [await board.take(), await board.take()] == [0, 1]
         board.add(made[2:], [Completion(), Completion([7], [0.0], False, [(3, 1)]), Completion()])
         assert await board.take() == 2

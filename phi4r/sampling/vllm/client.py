@@ -12,6 +12,7 @@ POST /init_weight_transfer_engine and what follows it: see `transfer`
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,10 @@ class Client:
         }
         timeout_s = self.request_timeout_s
         response = await self._call("POST", "/inference/v1/generate", timeout_s, json=body)
-        return begun.followed_by(self._completion(response.json()["choices"][0], stop_ids, version))
+        found = self._completion(response.json()["choices"][0], stop_ids, version)
+        if options.top_p < 1 or options.top_k > 0:
+            found = replace(found, logprobs=[])  # they are the filtered distribution's
+        return begun.followed_by(found)
 
     def _completion(self, choice: dict[str, Any], stop_ids: list[int], version: int) -> Completion:
         reason, tokens = choice["finish_reason"], choice["token_ids"] or []

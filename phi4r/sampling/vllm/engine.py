@@ -31,10 +31,9 @@ from phi4r.models.huggingface import HFWeights
 from phi4r.parallel.attempt import beat
 from phi4r.parallel.layout import broadcast_object
 from phi4r.sampling.types import Completion, PromptBatch, SampleRequest, SamplingOptions, Span
-from phi4r.sampling.vllm.fleet import Fleet, Member, Weights, weights_folder
+from phi4r.sampling.vllm.fleet import VLLM_DTYPES, Fleet, Member, Weights, new_members, weights_folder
 from phi4r.sampling.vllm.persistent import PersistentBatches
 from phi4r.sampling.vllm.registry import Order, Registry
-from phi4r.sampling.vllm.server import ServerProcess
 from phi4r.sampling.vllm.transfer import Snapshot, send
 from phi4r.sampling.vllm.weights import Comparison, compare
 from phi4r.train.engine import Engine
@@ -46,7 +45,6 @@ TOUCH_S = 10.0
 CANCEL_S = 10.0
 KEPT_VERSIONS = 2
 PROBE_TOKENS = 8
-VLLM_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 class VLLMEngine:
@@ -97,17 +95,14 @@ class VLLMEngine:
     def _members(self, run_dir: Path, key: str) -> list[Member]:
         if not self.layout.is_main or self.registry is not None:
             return []
-        if self.config.address_list:
-            return [Member(url=address) for address in self.config.address_list]
-        dtype, logs = VLLM_DTYPES[self.model.dtype], run_dir / "logs"
-        return [
-            Member(
-                process=ServerProcess(
-                    i, self.config, dtype, self.max_model_len, self._on_cpu, logs / f"vllm_{i}.log", key=key
-                )
-            )
-            for i in range(self.config.num_servers)
-        ]
+        return new_members(
+            self.config,
+            VLLM_DTYPES[self.model.dtype],
+            self.max_model_len,
+            self._on_cpu,
+            run_dir / "logs",
+            key,
+        )
 
     @property
     def _on_cpu(self) -> bool:

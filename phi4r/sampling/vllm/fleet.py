@@ -21,7 +21,7 @@ import tenacity
 
 from phi4r.configs.sections import SamplingConfig, VLLMConfig
 from phi4r.core.console import say
-from phi4r.sampling.types import Completion, SampleRequest, SamplingOptions
+from phi4r.sampling.types import Completion, OnAnswer, SampleRequest, SamplingOptions
 from phi4r.sampling.vllm.client import Client, ServerError
 from phi4r.sampling.vllm.server import HEALTH_EVERY_S, UNHEALTHY_CHECKS, ServerProcess
 from phi4r.sampling.vllm.weights import Comparison
@@ -38,6 +38,9 @@ SPREAD_S = 0.1
 a few requests, and the others none."""
 MAX_ATTEMPTS = 5
 """Servers that may fail over one request before the request itself is blamed."""
+
+VLLM_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+"""vLLM's names of compute types."""
 
 Verify = Callable[[dict[str, str]], Comparison]
 """A server's digests -> how they compare with those of the weights that it was given."""
@@ -91,7 +94,7 @@ class Board:
     Those of lower numbers are taken first.
 
     A persistent board accepts requests until stopped. begun: the partial rollout of each request;
-    tell(number, completion) hears of every change of it.
+    tell(number, completion, server) hears of every change of it.
     """
 
     def __init__(
@@ -99,7 +102,7 @@ class Board:
         requests: Sequence[SampleRequest],
         *,
         persists: bool = False,
-        tell: Callable[[int, Completion], None] = lambda number, completion: None,
+        tell: OnAnswer = lambda number, completion, server: None,
     ) -> None:
         self.requests: list[SampleRequest] = []
         self.begun: list[Completion] = []
@@ -138,20 +141,20 @@ class Board:
         self.num_held += 1
         return index
 
-    def give_back(self, index: int, begun: Completion | None = None) -> None:
+    def give_back(self, index: int, begun: Completion | None = None, server: str = "") -> None:
         """A lane could not get an answer, or only its beginning."""
         self.num_held -= 1
         if begun is not None:
             self.begun[index] = begun
-            self._tell(index, begun)
+            self._tell(index, begun, server)
         self._waiting.put_nowait(index)
 
-    def answer(self, index: int, completion: Completion) -> None:
+    def answer(self, index: int, completion: Completion, server: str = "") -> None:
         """A lane got the answer."""
         assert self.answers[index] is None, f"request {index} was answered twice"
         self.num_held -= 1
         self.answers[index] = completion
-        self._tell(index, completion)
+        self._tell(index, completion, server)
         self._left -= 1
         if not self._left and not self.persists:
             self.stop()
@@ -222,7 +225,7 @@ class Fleet:
             if not process.is_alive:
                 self.events.restarts += process.num_starts > 0
                 process.start(self.weights.folder)
-                say(f"rl: starting {member.name}, log in {process.log}")
+                say(f"vllm: starting {member.name}, log in {process.log}")
                 member.url, member.version = process.url, None
             began = process.began
         client = self._client(http, member)
@@ -268,7 +271,7 @@ class Fleet:
         member.num_failures += 1
         member.is_lost = member.num_failures > self.config.max_restarts
         self.events.failures += 1
-        say(f"rl: warning: {member.name}: {error}" + ("; given up" if member.is_lost else ""))
+        say(f"vllm: warning: {member.name}: {error}" + ("; given up" if member.is_lost else ""))
         if member.process is not None:
             member.process.stop()
 
@@ -280,10 +283,15 @@ class Fleet:
     # --- requests
 
     async def generate(
-        self, requests: Sequence[SampleRequest], options: SamplingOptions, only: Member | None = None
+        self,
+        requests: Sequence[SampleRequest],
+        options: SamplingOptions,
+        only: Member | None = None,
+        tell: OnAnswer = lambda number, completion, server: None,
     ) -> list[Completion]:
-        """The answers to all requests, in order; from the server `only` alone where one is given."""
-        board = Board(requests)
+        """The answers to all requests, in order; from the server `only` alone where one is given. tell: hears
+        of each answer as it arrives."""
+        board = Board(requests, tell=tell)
         await self.work(board, options, only)
         answers = [answer for answer in board.answers if answer is not None]
         assert len(answers) == len(requests), f"{len(requests) - len(answers)} requests have no answer"
@@ -341,7 +349,7 @@ class Fleet:
                     lanes = self.sampling.max_in_flight
                     for number in range(lanes):
                         begin_s = number / lanes * SPREAD_S
-                        tasks.create_task(self._lane(client, board, options, begin_s))
+                        tasks.create_task(self._lane(member, client, board, options, begin_s))
             except BaseExceptionGroup as group:
                 failures, others = group.split(ServerError)
                 if others is not None:
@@ -349,7 +357,9 @@ class Fleet:
                 assert failures is not None
                 self._failed(member, failures.exceptions[0])  # type: ignore[arg-type]
 
-    async def _lane(self, client: Client, board: Board, options: SamplingOptions, begin_s: float) -> None:
+    async def _lane(
+        self, member: Member, client: Client, board: Board, options: SamplingOptions, begin_s: float
+    ) -> None:
         assert self.weights is not None
         await asyncio.sleep(begin_s)
         while (index := await board.take()) is not None:
@@ -370,10 +380,10 @@ class Fleet:
                 self._requeue(board, index)
                 raise
             if completion.is_complete(options):
-                board.answer(index, completion)
+                board.answer(index, completion, member.name)
             else:
                 self.events.interrupted += 1
-                board.give_back(index, completion)
+                board.give_back(index, completion, member.name)
 
     def _requeue(self, board: Board, index: int) -> None:
         self.events.requeued += 1
@@ -411,3 +421,20 @@ class Fleet:
 def weights_folder(root: Path, version: int) -> Path:
     """Where the weights after `version` optimizer steps lie."""
     return root / f"v_{version:06d}"
+
+
+def new_members(
+    config: VLLMConfig, dtype: str, max_model_len: int, on_cpu: bool, logs: Path, key: str
+) -> list[Member]:
+    """The servers that the section vllm gives by address, or that are to be started. dtype: vLLM's name of
+    the compute type; max_model_len: longest prompt and response in tokens; logs: folder of their logs."""
+    if config.address_list:
+        return [Member(url=address) for address in config.address_list]
+    return [
+        Member(
+            process=ServerProcess(
+                number, config, dtype, max_model_len, on_cpu, logs / f"vllm_{number}.log", key=key
+            )
+        )
+        for number in range(config.num_servers)
+    ]

@@ -51,7 +51,7 @@ class _Work:
     async def run(self, fleet: Fleet) -> None:
         """Have the servers sample until it is stopped."""
         self.board = Board(
-            [], persists=True, tell=lambda place, answer: self.tell(*self.places[place], answer)
+            [], persists=True, tell=lambda place, answer, server: self.tell(*self.places[place], answer)
         )
         options = next(iter(self.batches.values())).options
         self.loop = asyncio.get_running_loop()
