@@ -54,7 +54,7 @@ COMMANDS: dict[str, Command] = {
         "Measure accuracy with intervals over problems and samples", "eval", "phi4r.evaluate.run:main"
     ),
     "generate": Command(
-        "Generate a response and stream it, or answers to a file of problems",
+        "Generate a response and stream it, or one per problem",
         "generate",
         "phi4r.commands.generate:main",
     ),
