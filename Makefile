@@ -1,7 +1,8 @@
 # make quickstart   virtual environment, installation, and the whole pipeline on a tiny Phi-4
-# make test         what the tests need, lint, types, the default test suite
+# make test         what the tests need, lint, types, the default test suite (WORKERS=1: one process)
 # make install      .venv with phi4r, editable, at the versions of constraints-*.txt; EXTRAS=te,flash-attn adds to it
 # make test-slow    the tests marked slow: the whole quick start at a small size
+# make test-fresh   some of the default tests, every process started from nothing and none forked (tests/preloaded.py)
 # make test-slurm   the tests on a private SLURM (needs slurm-wlm and munge; skipped without, but not with CI=true)
 # make test-dali    the tests of the DALI loader, with DALI (0.8 GB), which the default suite skips
 # make test-install phi4r in empty folders, with uv and the CUDA build and with pip and a CPU build; the suite in both
@@ -34,7 +35,12 @@ INSTALL = $(BIN)/python install.py $(if $(BUILD),--build $(BUILD)) $(PIP_FLAGS)
 # The layout tests start several ranks; one thread each keeps them from spinning on each other's cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install extras test-deps quickstart test test-slow test-slurm test-dali test-install vllm-deps vllm-name test-vllm \
+# Processes that share out the files of the tests. More than four wait for the longest file.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n : 4)))
+PYTEST = $(BIN)/python -m pytest -q
+SHARED = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+.PHONY: install extras test-deps quickstart test test-slow test-fresh test-slurm test-dali test-install vllm-deps vllm-name test-vllm \
 	lint format clean
 
 install: $(STAMP) $(if $(EXTRAS),extras)
@@ -49,20 +55,26 @@ quickstart: install
 
 test: test-deps lint
 	@echo "== tests"
-	$(BIN)/python -m pytest -q -m "not slow and not gpu and not vllm and not slurm" --durations=15 $(TESTS)
+	$(PYTEST) $(SHARED) -m "not slow and not gpu and not vllm and not slurm" $(TESTS)
 
 test-slow: test-deps
 	@echo "== slow tests"
-	$(BIN)/python -m pytest -q -m "slow and not gpu and not vllm and not slurm" $(TESTS)
+	$(PYTEST) $(SHARED) -m "slow and not gpu and not vllm and not slurm" $(TESTS)
+
+# The launcher, the command line, and SFT and GRPO on one rank and on two.
+test-fresh: test-deps
+	@echo "== tests with processes started from nothing"
+	PHI4R_TESTS_FRESH=1 $(PYTEST) $(SHARED) -m "not slow and not gpu and not vllm and not slurm" \
+		$(or $(TESTS),tests/launch tests/cli tests/multiprocess/test_recipe_layouts.py)
 
 test-slurm: test-deps
 	@echo "== tests on a real SLURM"
-	$(BIN)/python -m pytest -q -m "slurm and not vllm" --durations=15 $(TESTS)
+	$(PYTEST) -m "slurm and not vllm" $(TESTS)
 
 test-dali: test-deps
 	@echo "== tests with NVIDIA DALI, which it installs (0.8 GB)"
 	$(INSTALL) --extras dali
-	$(BIN)/python -m pytest -q tests/data/test_dali.py
+	$(PYTEST) tests/data/test_dali.py
 
 test-install:
 	@echo "== installations in empty folders"
@@ -75,7 +87,7 @@ vllm-name:
 
 test-vllm: test-deps $(if $(PHI4R_VLLM_PYTHON),,vllm-deps)
 	@echo "== tests on real vLLM servers"
-	$(BIN)/python -m pytest -q -m "vllm and not slow" --durations=15 $(TESTS)
+	$(PYTEST) -m "vllm and not slow" $(TESTS)
 
 lint: test-deps
 	@echo "== lint and types"

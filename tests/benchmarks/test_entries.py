@@ -23,7 +23,7 @@ COLUMNS = {"step": step.COLUMNS, "rollout": rollout.COLUMNS, "data": data_entry.
 BARE = ("attention", "grpo_head", "elementwise", "step", "check", "plot", "targets")
 
 
-@pytest.mark.parametrize("entry", [*OPTIONS, "quickstart", "check", "targets"])
+@pytest.mark.parametrize("entry", [*OPTIONS, "quickstart", "startup", "check", "targets"])
 def test_every_entry_says_what_it_does(
     entry: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,20 @@ RANK = int(os.environ.get("RANK", "0"))
 
 def _leave_pid(job: dict[str, Any]) -> None:
     (Path(job["folder"]) / f"pid_{RANK}").write_text(str(os.getpid()))
+
+
+def _wait_for(condition: Callable[[], object]) -> None:
+    until = time.monotonic() + 120
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.01)
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process has not ended (one that nobody has waited for has)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def report(job: dict[str, Any]) -> dict[str, Any]:
@@ -48,9 +63,11 @@ def user_error_on_rank_1(job: dict[str, Any]) -> None:
 
 def killed_on_rank_1(job: dict[str, Any]) -> None:
     """Rank 1 dies without a word; rank 0 notices its peer is gone and complains about that."""
+    left = Path(job["folder"]) / "pid_1"
     if RANK == 1:
+        _leave_pid(job)
         os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(0.2)
+    _wait_for(lambda: left.exists() and left.read_text() and not _runs(int(left.read_text())))
     raise RuntimeError("Connection closed by peer")
 
 
@@ -58,7 +75,7 @@ def consequence_on_rank_0(job: dict[str, Any]) -> None:
     """Rank 1 fails; rank 0 fails because of it, and is gone before the parent looks."""
     if RANK == 1:
         raise ValueError("the cause")
-    time.sleep(0.1)
+    _wait_for((Path(sys.argv[1]) / "error_1.json").exists)  # the folder of the job, as the worker was told
     raise RuntimeError("the consequence")
 
 

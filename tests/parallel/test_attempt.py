@@ -32,6 +32,7 @@ def test_a_rank_says_that_it_lives_and_nothing_after_its_end(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "BEAT_S", 0.0)
+    began = time.time() - 1  # a file system's clock may be coarser
     with attempt(30):
         heartbeat = folder / "heartbeat_00003"
         assert heartbeat.read_text() == f"600 {os.getpid()} 7 n1\n"  # until the work begins
@@ -39,7 +40,7 @@ def test_a_rank_says_that_it_lives_and_nothing_after_its_end(
         assert heartbeat.read_text() == f"30 {os.getpid()} 7 n1\n"
         os.utime(heartbeat, (0, 0))
         beat()
-        assert time.time() - heartbeat.stat().st_mtime < 30
+        assert heartbeat.stat().st_mtime >= began
         assert mark_stopped()
     beat()
     assert names(folder) == ["stack_00003"]  # rank 3 says neither stopped nor finished
@@ -97,12 +98,12 @@ def test_a_lost_folder_ends_the_rank_with_its_name(folder: Path, monkeypatch: py
 def test_a_rank_that_hangs_leaves_its_stack(folder: Path) -> None:
     code = (
         "import time\nfrom phi4r.parallel.attempt import attempt, beat\n"
-        "def planted_hang():\n    time.sleep(60)\nwith attempt(1):\n    beat()\n    planted_hang()\n"
+        "def planted_hang():\n    time.sleep(600)\nwith attempt(1):\n    beat()\n    planted_hang()\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code])
     try:
         stack = folder / "stack_00003"
-        until = time.monotonic() + 60
+        until = time.monotonic() + 240
         while not (stack.exists() and "planted_hang" in stack.read_text()):
             assert time.monotonic() < until, "no stack was written"
             time.sleep(0.1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -133,33 +132,23 @@ def test_no_layout_that_fits_is_an_error_after_the_reasons(capsys: pytest.Captur
     assert "does not fit, recompute full" in capsys.readouterr().out
 
 
-def test_the_command_answers_within_a_second_of_cpu_without_torch() -> None:
-    command = [sys.executable, "-X", "importtime", "-m", "phi4r", "plan", "phi4_sft", "--nodes", "64"]
-    best = float("inf")
-    for _ in range(3):  # CPU time, the best of three: a busy machine must not fail this
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert ended.returncode == 0, ended.stderr
-        best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert best < 1.0
+def planned(*words: str) -> subprocess.CompletedProcess[str]:
+    """`phi4r plan`, with the names of all modules it imports on stderr. Its time: benchmarks/startup.py."""
+    command = [sys.executable, "-X", "importtime", "-m", "phi4r", "plan", *words]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stderr
+    return ended
+
+
+def test_the_command_answers_without_torch() -> None:
+    ended = planned("phi4_sft", "--nodes", "64")
     assert "| torch" not in ended.stderr
     for part in ("best: ", "does not fit", "not legal: tp 5", "rates:", "--parallel.tp", "submit:"):
         assert part in ended.stdout
 
 
-def test_a_simulation_answers_within_a_second_of_cpu_without_torch_and_says_which_split_is_best() -> None:
-    command = [sys.executable, "-X", "importtime", "-m", "phi4r", "plan", "phi4_grpo", "--nodes", "4"]
-    best = float("inf")
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        ended = subprocess.run(
-            [*command, "--simulate"], cwd=ROOT, capture_output=True, text=True, timeout=120
-        )
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert ended.returncode == 0, ended.stderr
-        best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert best < 1.0
+def test_a_simulation_answers_without_torch_and_says_which_split_is_best() -> None:
+    ended = planned("phi4_grpo", "--nodes", "4", "--simulate")
     for module in ("torch", "numpy", "matplotlib"):
         assert f"| {module}\n" not in ended.stderr
     for part in ("1 + 3 (12 of 2 GPUs)", "over-sampled, 2 ahead", "best: ", "14,000", "days in all"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -81,17 +79,15 @@ def test_a_balanced_box_is_found_whole(content: str) -> None:
     assert boxed == strip_outer_braces(content)
 
 
+@pytest.mark.timeout(200)  # a fraction of a second when linear; any quadratic step takes minutes
 @pytest.mark.parametrize(
     "unit",
     [r"\boxed{", r"\boxed{{", "{", "}", r"\{", "\\", "<think>", "</think>", "_a", "$", "1,", "**", "- "],
 )
 def test_extraction_takes_linear_time(unit: str) -> None:
     text = unit * (400_000 // len(unit))
-    started = time.process_time()
     extract_answer(text)
     extract_answer(rf"\boxed{{{text}}}")
-    # 0.1 to 0.3 s when linear; any quadratic step takes minutes.
-    assert time.process_time() - started < 10
 
 
 @pytest.mark.parametrize(

