@@ -40,7 +40,7 @@ ARROWS = {
     "convert": {"configs", "data", "families", "models", "parallel", "train"},
     "train": {"configs", "data", "families", "models", "parallel", "plan", "tasks"},
     "plan": {"configs", "families"},
-    "rewards": {"configs", "data"},
+    "rewards": {"configs", "data", "verify"},
     "tasks": {"configs", "verify"},
     "verify": {"configs"},
     "data": {"configs"},

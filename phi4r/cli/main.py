@@ -20,6 +20,7 @@ import phi4r
 from phi4r.cli.checkpoint import checkpoint_app, replay
 from phi4r.cli.prepare import data_app, plan, profile
 from phi4r.cli.slurm import launch, logs, merge, report, serve, status
+from phi4r.commands.bench import ENTRIES
 from phi4r.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -268,7 +269,7 @@ def evaluate(
     ctx: typer.Context,
     checkpoint: CheckpointArgument,
     task: Annotated[
-        str, typer.Argument(metavar="[TASK]", help="modchain, addition, countdown; or a problem file")
+        str, typer.Argument(metavar="[TASK]", help="Task (name or package.module:name), or a problem file")
     ] = "",
     recipe: Annotated[str, typer.Option("--recipe", help="Recipe whose [eval] tables are used")] = "",
     runs: Annotated[str, typer.Option("--runs", metavar="N", help="Same as --eval.runs")] = "",
@@ -303,8 +304,8 @@ def quickstart(
     if dry_run:
         from phi4r.commands import dryrun
 
-        for name in ("curate", "sft", "rl", "eval"):
-            dryrun.show(stages[name], Path(run_dir) / name)
+        for name, loaded in stages.items():
+            dryrun.show(loaded, Path(run_dir) / name)
         return
     from phi4r.core.lock import run_lock
     from phi4r.parallel.launch import find_target
@@ -542,7 +543,7 @@ def bench(
         str,
         typer.Argument(
             metavar="ENTRY",
-            help="attention, grpo_head, elementwise, step, rollout, data or native; plot or targets",
+            help=f"One of {', '.join(ENTRIES)}",
         ),
     ],
 ) -> None:

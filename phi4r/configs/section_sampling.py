@@ -16,8 +16,9 @@ class ProblemsConfig:
     path: str = ""
     """JSONL or Parquet of problem + answer; a file or a folder ("": generate from `task`)."""
     task: str = "modchain"
-    """How answers are checked, and the generator while `path` is empty: modchain, addition, countdown or
-    math."""
+    """Generator while `path` is empty: a registered task, or the import path of one, package.module:name.
+    Problems of a file name their own tasks; those that name none are math, or of this task where it is an
+    import path."""
     num_generated: int = 4096
     """Problems to generate while `path` is empty."""
     difficulty_min: int = 0
@@ -161,8 +162,11 @@ class RolloutConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
-    """The paper's length-aware reward, R = accuracy_weight x R_acc + repetition_weight x R_rep."""
+    """The reward; the paper's is R = accuracy_weight x R_acc + repetition_weight x R_rep, length-aware."""
 
+    function: str = "length_aware"
+    """What rewards a graded response: "length_aware" (the paper's; the lengths, weights and repetition below
+    are its settings), or the import path of a function, package.module:name (docs/tutorials)."""
     max_tokens: int = 0
     """L_max, the longest response that counts (0: sampling.max_new_tokens). The paper: 31,744."""
     positive_tokens: int = 0

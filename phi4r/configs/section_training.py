@@ -92,7 +92,8 @@ class DataConfig:
     """JSONL or Parquet of messages, or of problem + answer (+ trace); a file or a folder ("": generate from
     `task`)."""
     task: str = "modchain"
-    """Generator used while `path` is empty: modchain, addition or countdown."""
+    """Generator used while `path` is empty: a registered task that generates problems with traces, or the
+    import path of one, package.module:name."""
     num_generated: int = 25_600
     """Documents to generate while `path` is empty."""
     seq_length: int = 256

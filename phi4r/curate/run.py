@@ -114,7 +114,7 @@ def main(
 def _inputs(config: CurateConfig, run_dir: Path) -> tuple[Path, list[Problem]]:
     """(file or folder of raw rows, held-out problems); what is generated is written into the run folder."""
     problems, settings = config.problems, config.curate
-    task = get_task(problems.task)
+    task = get_task(problems.task, "problems.task")
     low, high = problems.difficulty_min, problems.difficulty_max
     if settings.heldout_path:
         heldout, _ = load_problems(settings.heldout_path)

@@ -35,7 +35,7 @@ import numpy.typing as npt
 
 from phi4r.data.native import ngram_repetition
 
-AccuracySource = Literal["correct", "incorrect", "incomplete", "think_block"]
+AccuracySource = Literal["correct", "incorrect", "incomplete", "think_block", "function"]
 IntArray = npt.NDArray[np.integer[Any]]
 
 
@@ -85,9 +85,10 @@ class RewardSettings(Protocol):
 class RewardParts:
     """Every part of one response's reward, for logs, audits and rollout files.
 
-    `accuracy` is R_acc, `accuracy_source` the branch it came from; `rho` is rho+ or rho- (0 under an
-    override). `repetition` is R_rep, from `num_ngrams` n-grams of which `num_repeated_ngrams` distinct ones
-    occur more often than the threshold and the commonest occurs `max_ngram_count` times. `overlong` is R_long
+    `accuracy` is R_acc, `accuracy_source` the branch it came from (the number that another `reward.function`
+    gives is both `total` and `accuracy`, from "function"); `rho` is rho+ or rho- (0 under an override).
+    `repetition` is R_rep, from `num_ngrams` n-grams of which `num_repeated_ngrams` distinct ones occur more
+    often than the threshold and the commonest occurs `max_ngram_count` times. `overlong` is R_long
     (0 while its weight is 0). `total` is R.
     """
 

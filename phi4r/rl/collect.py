@@ -23,7 +23,8 @@ from phi4r.core.problem import Problem
 from phi4r.core.seeds import Stream
 from phi4r.data.tokenizer import Tokenizer
 from phi4r.parallel.layout import broadcast_object
-from phi4r.rewards.length_aware import RewardParts, compute_reward
+from phi4r.rewards.function import GradedResponse, reward_of
+from phi4r.rewards.length_aware import RewardParts
 from phi4r.rl.advantages import Advantages, filtered_advantages, group_advantages, kept_by_filter
 from phi4r.rl.curriculum import open_order
 from phi4r.rl.queue import PromptQueue
@@ -221,17 +222,18 @@ def grade(
     resolved."""
     pairs = [(problems[s.prompt_index], s.text) for s in samples]
     verdicts = grade_responses(pairs, pool, settings, [s.finished for s in samples])
-    rewards = [
-        compute_reward(
-            correct=verdict.correct,
-            think_valid=think_block_is_valid(sample.text),
-            finished=sample.finished,
+    graded = [
+        GradedResponse(
+            problem=problem,
+            text=sample.text,
             tokens=sample.tokens,
-            settings=settings,
+            finished=sample.finished,
+            think_valid=think_block_is_valid(sample.text),
+            verdict=verdict,
         )
-        for sample, verdict in zip(samples, verdicts, strict=True)
+        for sample, (problem, _), verdict in zip(samples, pairs, verdicts, strict=True)
     ]
-    return verdicts, rewards
+    return verdicts, [reward_of(response, settings) for response in graded]
 
 
 def to_trajectories(

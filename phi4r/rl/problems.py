@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -9,6 +10,7 @@ from phi4r.configs.sections import ProblemsConfig, RolloutConfig
 from phi4r.core.console import say
 from phi4r.core.errors import UserError
 from phi4r.core.problem import Problem
+from phi4r.core.registry import is_import_path
 from phi4r.core.seeds import problem_seed
 from phi4r.data.records import load_problems
 from phi4r.data.render import render_prompt
@@ -26,11 +28,13 @@ def get_problems(
     count: int = 0,
 ) -> list[Problem]:
     """The problems of a `[problems]` section. `count`: generate so many instead of `num_generated`."""
+    task = get_task(config.task, "problems.task")
     if config.path:
         problems, report = load_problems(config.path, config.on_bad_row, reject_path)
         say(f"problems: {report.summary()}")
+        if is_import_path(config.task):
+            problems = [problem if problem.task else replace(problem, task=task.name) for problem in problems]
         return problems
-    task = get_task(config.task)
     low, high = task.default_range
     difficulty = (config.difficulty_min or low, config.difficulty_max or max(high, config.difficulty_min))
     stream = problem_seed(seed, use)

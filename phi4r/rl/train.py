@@ -25,6 +25,7 @@ from phi4r.core.console import say
 from phi4r.core.seeds import Stream, epoch_order
 from phi4r.data.packing import Document, PackedRow, pack, unpack
 from phi4r.parallel.layout import distributed_session, init_layout
+from phi4r.rewards.function import get_reward
 from phi4r.rl.audit import write_audit
 from phi4r.rl.batch import grpo_loss, response_documents, with_extra
 from phi4r.rl.collect import Collector, Trajectory
@@ -42,6 +43,7 @@ def main(cfg: RLConfig, run_dir: Path) -> None:
     """Train, on every rank of the job; the same call with the same run folder resumes."""
     with distributed_session():
         layout = init_layout(cfg.parallel, cfg.seed)
+        get_reward(cfg.reward.function)  # one that does not fit is refused before anything is built
         tokenizer = open_tokenizer(cfg.tokenizer, cfg.init.checkpoint)
         model = resolve_model(cfg.model, tokenizer, cfg.init.checkpoint)
         problems, prompts = load_run_problems(cfg.problems, cfg.rollout, tokenizer, cfg.seed, run_dir, layout)

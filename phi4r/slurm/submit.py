@@ -12,7 +12,7 @@ from pathlib import Path
 
 import phi4r
 from phi4r.configs.load import Loaded, load_stage
-from phi4r.configs.stages import RLConfig, SFTConfig
+from phi4r.configs.stages import STAGES, RLConfig, SFTConfig
 from phi4r.core.console import say
 from phi4r.core.errors import UserError
 from phi4r.core.io import atomic_write_text
@@ -20,7 +20,6 @@ from phi4r.plan import check
 from phi4r.plan.hardware import find_gpu
 from phi4r.slurm.scheduler import ask, find_job
 
-STAGES = ("curate", "sft", "rl", "eval", "bench")
 MAX_LEAD_S = 900
 """Longest time between the signal to save and the time limit; short jobs get a quarter of their time."""
 
@@ -115,8 +114,8 @@ def _tasks_per_node(request: LaunchRequest, world_size: int) -> int:
 
 def prepare(request: LaunchRequest) -> Submission:
     """The sbatch command of a request. UserError where the recipe is wrong, cannot fit, or runs already."""
-    if request.stage not in STAGES:
-        raise UserError(f"launch: expected one of {', '.join(STAGES)}, got {request.stage!r}")
+    if request.stage not in (*STAGES, "bench"):
+        raise UserError(f"launch: expected one of {', '.join(STAGES)} or bench, got {request.stage!r}")
     if request.rollout_nodes and request.stage != "rl":
         raise UserError(f"--rollout-nodes: is for rl, which samples while it trains; not for {request.stage}")
     script = scripts_folder() / f"{request.stage}{'_vllm' if request.rollout_nodes else ''}.sbatch"

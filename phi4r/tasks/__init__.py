@@ -7,6 +7,7 @@ evaluation.
     countdown.py   reach a target with given numbers
     math.py        any problem with a gold answer, checked by `phi4r.verify`
     code.py        programs, run in a sandbox
+    registry.py    tasks by registered name or import path
 
 A task knows nothing of tokenizers, models or files, and imports no torch. A problem depends on (seed,
 index) only, never on how many were generated before it.
@@ -17,13 +18,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from phi4r.core.errors import UserError
-from phi4r.tasks.addition import Addition
-from phi4r.tasks.base import Task
 from phi4r.tasks.code import Code
-from phi4r.tasks.countdown import Countdown
 from phi4r.tasks.math import Math
-from phi4r.tasks.modchain import ModChain
+from phi4r.tasks.registry import TASKS, alphabet, get_task
 from phi4r.verify.audit import with_second
 from phi4r.verify.judge import Question, is_for_judge, judged, start
 
@@ -34,31 +31,7 @@ if TYPE_CHECKING:
     from phi4r.verify.pool import VerifierPool
     from phi4r.verify.strict import Verdict
 
-_TASKS: dict[str, Task] = {
-    task.name: task for task in (ModChain(), ModChain(modulus=5), Addition(), Countdown(), Math(), Code())
-}
-
-
-def task_names() -> list[str]:
-    """Names that `get_task` knows."""
-    return list(_TASKS)
-
-
-def get_task(name: str) -> Task:
-    """The task of that name; "" is "math", as in a problem without a task of its own. UserError if there is
-    none.
-    """
-    try:
-        return _TASKS[name or "math"]
-    except KeyError:
-        raise UserError(f"there is no task {name!r}; known tasks: {', '.join(_TASKS)}") from None
-
-
-def alphabet() -> str:
-    """Every character that generated problems, traces and answers use, sorted: what a tokenizer for them
-    must know.
-    """
-    return "".join(sorted(set("".join(task.alphabet for task in _TASKS.values()))))
+__all__ = ["TASKS", "alphabet", "get_task", "grade_responses"]
 
 
 def grade_responses(

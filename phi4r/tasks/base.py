@@ -66,20 +66,24 @@ class CounterStream:
 
 
 class Task(ABC):
-    """A kind of problem.
+    """A kind of problem: generates them, and checks answers exactly.
 
-    `name`; `default_range`: lowest and highest difficulty, in the task's own unit (`difficulty_unit`);
-    `alphabet`: the characters of its problems, traces and answers ("" = any); `default_skip_share`: share
-    of training traces that skip the working; `is_generated`: False where problems come from files only.
+    A subclass states at least `generate` and `check_answer`; `trace` too where SFT is to learn from it.
     """
 
-    name: str
-    default_range: tuple[int, int]
-    lowest_difficulty: int
-    difficulty_unit: str
-    alphabet: str
-    default_skip_share: float
-    is_generated = True
+    name: str = ""
+    """Registered name; for a task found by import path, that path."""
+    default_range: tuple[int, int] = (1, 1)
+    """Lowest and highest difficulty of problems that are generated where the settings say nothing."""
+    lowest_difficulty: int = 1
+    difficulty_unit: str = "difficulty"
+    """What a difficulty of n means, in words, for messages."""
+    alphabet: str = ""
+    """Characters of its problems, traces and answers ("" = any)."""
+    default_skip_share: float = 0.0
+    """Share of training traces that skip the working."""
+    is_generated: bool = True
+    """False where problems come from files only."""
 
     @abstractmethod
     def generate(self, seed: int, index: int, difficulty: int | tuple[int, int] | None = None) -> Problem:
@@ -89,15 +93,15 @@ class Task(ABC):
         the task has no such difficulty, or no generator.
         """
 
-    @abstractmethod
     def trace(
         self, problem: Problem, seed: int, index: int, skip_share: float | None = None
     ) -> tuple[str, str]:
         """(text inside the think block, text after it) of a right training response to `problem`.
 
         With probability `skip_share` (None: the task's default), decided by the stream (seed, index), the
-        think block is empty. UserError if the problem is not of this task.
+        think block is empty. UserError if the problem is not of this task, or the task has no traces.
         """
+        raise UserError(f"task {self.name}: it has no traces to train on (Task.trace)")
 
     @abstractmethod
     def check_answer(self, problem: Problem, answer: str) -> bool | None:
@@ -155,8 +159,6 @@ class FileTask(Task):
     default_range = (0, 0)
     lowest_difficulty = 0
     difficulty_unit = "none"
-    alphabet = ""
-    default_skip_share = 0.0
     is_generated = False
 
     def generate(self, seed: int, index: int, difficulty: int | tuple[int, int] | None = None) -> Problem:

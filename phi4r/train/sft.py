@@ -40,7 +40,7 @@ def load_data(
         section = config.data
         count = 0 if section.path else section.num_generated + section.heldout
         seed = problem_seed(config.seed, "train")
-        generated = get_task(section.task).examples(seed, 0, count) if count else []
+        generated = get_task(section.task, "data.task").examples(seed, 0, count) if count else []
         data = build_sft_data(section, tokenizer, config.seed, run_dir / "rejects.jsonl", generated)
         for line in data.report.lines():
             say(line)

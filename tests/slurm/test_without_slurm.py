@@ -74,7 +74,7 @@ def test_a_short_job_is_told_to_save_in_its_last_quarter() -> None:
 @pytest.mark.parametrize(
     ("launched", "message"),
     [
-        (request("train", "tiny"), "expected one of curate, sft, rl, eval, bench, got 'train'"),
+        (request("train", "tiny"), "expected one of sft, rl, curate, eval or bench, got 'train'"),
         (request("sft"), "launch sft: expected RECIPE"),
         (request("sft", "phi4_sft", nodes=3), "32 ranks, which do not spread evenly over --nodes 3"),
         (request("sft", "phi4_sft", nodes=2, gpus_per_node=8), "--nodes 2 with 8 GPUs have 16"),

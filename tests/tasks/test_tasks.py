@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from phi4r.core.errors import UserError
 from phi4r.core.problem import Problem
-from phi4r.tasks import alphabet, get_task, grade_responses, task_names
+from phi4r.tasks import TASKS, alphabet, get_task, grade_responses
 from phi4r.tasks.base import CounterStream
 from phi4r.tasks.countdown import evaluate
 from phi4r.verify.pool import VerifierPool
 
-GENERATED = [name for name in task_names() if get_task(name).is_generated]
+GENERATED = [name for name, task in TASKS.items() if task.is_generated]
 
 
 def problem_of(task: str, text: str, answer: str) -> Problem:
