@@ -43,7 +43,7 @@ ARROWS = {
     "rewards": {"configs", "data", "verify"},
     "tasks": {"configs", "verify"},
     "verify": {"configs"},
-    "data": {"configs"},
+    "data": {"configs", "families"},
     "models": {"configs", "families", "parallel"},
     "parallel": {"configs"},
     "configs": {"families"},

@@ -286,6 +286,8 @@ def main(config: SFTConfig, out: Path, options: Options) -> dict[str, Any]:
     if not data.path:
         raise UserError("data build: data.path is empty: say which JSONL or Parquet files to read")
     tokenizer = _tokenizer(config.tokenizer)
+    if tokenizer.note:
+        say(tokenizer.note)
     epochs = mixture.parse(options.mixture)
     say(f"data build: reading {data.path}")
     spans, inputs = cut_files(data.path, options.span_bytes)

@@ -1,10 +1,10 @@
 """Messages to ids and loss mask: the one place where a conversation becomes tokens (design contract 1).
 
-The Phi-4 template, without newlines: `<|im_start|>{role}<|im_sep|>{content}<|im_end|>` per turn; a prompt to
-be answered ends with `<|im_start|>assistant<|im_sep|>`, and `<think>` is not pre-filled. Template tokens are
-placed as ids, never found in text, so nothing a user writes can open or close a turn. The loss covers what
-the assistant wrote, the closing `<|im_end|>` included; an assistant's text that opens with `<think>` gets its
-think block as ids.
+The template is that of the tokenizer's family (`ChatFormat`). Phi-4's, without newlines, is
+`<|im_start|>{role}<|im_sep|>{content}<|im_end|>` per turn; a prompt to be answered ends with
+`<|im_start|>assistant<|im_sep|>`, and `<think>` is not pre-filled. Template tokens are placed as ids, never
+found in text, so nothing a user writes can open or close a turn. The loss covers what the assistant wrote,
+the closing `<|im_end|>` included; an assistant's text that opens with `<think>` gets its think block as ids.
 """
 
 from __future__ import annotations
@@ -17,16 +17,8 @@ import numpy.typing as npt
 from phi4r.core.errors import UserError
 from phi4r.core.problem import ROLES, Conversation, Message, Problem
 from phi4r.data.tokenizer import Tokenizer
-
-THINK, END_THINK = "<think>", "</think>"
-
-REASONING_SYSTEM_MESSAGE = (
-    "You are a careful assistant who works a question out before answering it. Write your reply in two "
-    "sections, in this order: <think> {Thought section} </think> {Solution section}. In the Thought section "
-    "reason step by step: explore, check intermediate results, and go back when something does not fit. In "
-    "the Solution section state, clearly and briefly, the solution you arrived at, with the steps that are "
-    "needed to follow it and the final answer."
-)
+from phi4r.families.family import END_THINK, REASONING_MESSAGE, THINK, ChatFormat
+from phi4r.families.phi4 import PHI4
 
 AnyMessage = Message | Mapping[str, str]
 
@@ -34,7 +26,7 @@ AnyMessage = Message | Mapping[str, str]
 def system_text(system: str) -> str:
     """The text of the `system_message` setting: "none" -> "", "reasoning" -> our reasoning message, else the
     text itself."""
-    return {"none": "", "reasoning": REASONING_SYSTEM_MESSAGE}.get(system, system)
+    return {"none": "", "reasoning": REASONING_MESSAGE}.get(system, system)
 
 
 def split_think(content: str) -> tuple[str | None, str]:
@@ -86,12 +78,12 @@ class _Writer:
         self.mask += [is_target] * len(ids)
 
     def open_turn(self, role: str) -> None:
-        tokenizer = self.tokenizer
-        self.add([tokenizer.im_start, *tokenizer.encode(role), tokenizer.im_sep], False)
+        self.add(self.tokenizer.header(role), False)
 
     def turn(self, role: str, content: Sequence[int]) -> None:
         self.open_turn(role)
         self.add([*content, self.tokenizer.im_end], role == "assistant")
+        self.add(self.tokenizer.encode(self.tokenizer.chat.after_end), False)
 
     def message(self, message: Message) -> None:
         if message.role == "assistant":
@@ -157,23 +149,27 @@ def _jinja_literal(text: str) -> str:
     return f"'{escaped}'"
 
 
-def chat_template(system: str = "none") -> str:
+def chat_template(system: str = "none", chat: ChatFormat = PHI4.chat) -> str:
     """The renderer as a Jinja template, for tokenizer folders that other programs load.
 
     Rendering it gives the text of `render_prompt` (with `add_generation_prompt`) or of `render_example`
     (without). Text is all it can give: a program that tokenises that text cannot tell a special token from a
     user who typed its name.
     """
-    text = system_text(system)
-    start = f"{{{{ {_jinja_literal(f'<|im_start|>system<|im_sep|>{text}<|im_end|>')} }}}}" if text else ""
+    text, close = system_text(system), chat.end + chat.after_end
+    opening = _jinja_literal(chat.header.format(role="system") + text + close)
+    start = f"{{{{ {opening} }}}}" if text else ""
     roles = "[" + ", ".join(f"'{role}'" for role in ROLES) + "]"
+    before, after = map(_jinja_literal, chat.header.split("{role}"))
+    header = f"{before} + message['role'] + {after}"
+    assistant = _jinja_literal(chat.header.format(role="assistant"))
     return (
         f"{start}"
         "{% for message in messages %}"
         f"{{% if message['role'] not in {roles} %}}"
         "{{ raise_exception('unknown role ' + message['role']) }}"
         "{% endif %}"
-        "{{ '<|im_start|>' + message['role'] + '<|im_sep|>' + message['content'] + '<|im_end|>' }}"
+        f"{{{{ {header} + message['content'] + {_jinja_literal(close)} }}}}"
         "{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"
+        f"{{% if add_generation_prompt %}}{{{{ {assistant} }}}}{{% endif %}}"
     )

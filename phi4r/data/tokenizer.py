@@ -10,27 +10,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
 from phi4r.core.errors import UserError
 from phi4r.data import spm
-
-# Names of the special tokens, by role. The first name that the tokenizer has is taken.
-ROLE_NAMES: dict[str, tuple[str, ...]] = {
-    "im_start": ("<|im_start|>",),
-    "im_sep": ("<|im_sep|>",),
-    "im_end": ("<|im_end|>",),
-    "think": ("<think>",),
-    "end_think": ("</think>",),
-    "endoftext": ("<|endoftext|>",),
-    "pad": ("<|dummy_85|>", "<pad>", "<|pad|>", "<|endoftext|>"),
-}
-# The placeholders of Phi-4's tokenizer after its pad token, ids 100350 and 100351: what `think_tokens`
-# usually names.
-PHI4_THINK_PLACEHOLDERS = ("<|dummy_86|>", "<|dummy_87|>")
+from phi4r.families.family import END_THINK, THINK, ChatFormat
+from phi4r.families.registry import chat_formats
 
 HF_FILE = "tokenizer.json"
 SPM_FILE = "tokenizer.model"
@@ -92,7 +80,10 @@ class _SentencePiece:
     def __init__(self, data: bytes, source: str) -> None:
         import sentencepiece
 
-        names = {name for names in ROLE_NAMES.values() for name in names}
+        names = {
+            *spm.CHAT_SYMBOLS,
+            *(name for chat in chat_formats() for name in (*chat.special_tokens, *chat.pad)),
+        }
         try:
             if not data:
                 raise ValueError("the file is empty")
@@ -127,53 +118,48 @@ class _SentencePiece:
 
 
 class Tokenizer:
-    """Ids and text of one vocabulary, with the special ids of the chat template by role.
+    """Ids and text of one vocabulary, with the special ids of its chat format.
 
-    Attributes: `vocab_size` (largest id + 1); `im_start`, `im_sep`, `im_end`, `think`, `end_think`,
-    `endoftext`, `pad` (ids); `eos_ids`: what ends a response, `<|im_end|>` and then `<|endoftext|>`;
-    `special_ids`: id -> its text.
+    Attributes: `vocab_size` (largest id + 1); `chat`: its chat format, told by its special tokens;
+    `im_end`: the id that ends a turn (Phi-4's `<|im_end|>`); `think`, `end_think`, `endoftext`, `pad` (ids);
+    `eos_ids`: what ends a response, `im_end` and then `endoftext`; `special_ids`: id -> its text; `specials`:
+    the same the other way round; `note`: what was changed in the tokenizer that was loaded ("": nothing).
     """
 
-    def __init__(self, backend: _Backend, files: dict[str, bytes], source: str) -> None:
-        self._backend, self._files, self.source = backend, files, source
+    def __init__(self, backend: _Backend, files: dict[str, bytes], source: str, note: str = "") -> None:
+        self._backend, self._files, self.source, self.note = backend, files, source, note
         self.vocab_size = backend.vocab_size
+        self.specials = backend.specials
         self.special_ids: dict[int, str] = {index: text for text, index in backend.specials.items()}
-        self._check_specials()
-        self.im_start, self.im_sep, self.im_end = (
-            self._role("im_start"),
-            self._role("im_sep"),
-            self._role("im_end"),
+        self.chat = self._check_specials()
+        self.im_end, self.endoftext = self.specials[self.chat.end], self.specials[self.chat.end_of_text]
+        self.think, self.end_think = self.specials[THINK], self.specials[END_THINK]
+        self.pad = next(
+            (self.specials[name] for name in self.chat.pad if name in self.specials), self.endoftext
         )
-        self.think, self.end_think = self._role("think"), self._role("end_think")
-        self.endoftext, self.pad = self._role("endoftext"), self._role("pad")
         self.eos_ids: tuple[int, ...] = (self.im_end, self.endoftext)
         by_length = sorted(backend.specials, key=len, reverse=True)
         self._special_pattern = re.compile("(" + "|".join(map(re.escape, by_length)) + ")")
 
-    def _role(self, role: str) -> int:
-        return next(
-            self._backend.specials[name] for name in ROLE_NAMES[role] if name in self._backend.specials
-        )
-
-    def _check_specials(self) -> None:
-        missing = [
-            names[0] for names in ROLE_NAMES.values() if not any(n in self._backend.specials for n in names)
-        ]
-        missing = [name for name in missing if name != ROLE_NAMES["pad"][0]]
-        if missing and set(missing) <= {"<think>", "</think>"}:
-            first, second = PHI4_THINK_PLACEHOLDERS
-            hint = ""
-            if first in self._backend.specials and second in self._backend.specials:
-                hint = f" (this one has Phi-4's unused {first} and {second})"
+    def _check_specials(self) -> ChatFormat:
+        chat = _chat_format(self.specials)
+        if chat is None:
+            known = {*self.specials}
+            needed = min(
+                (chat.special_tokens for chat in chat_formats()),
+                key=lambda names: len({*names} - known) / len(names),
+            )
+            missing = [name for name in needed if name not in known]
+            raise UserError(
+                f"{self.source}: has no special token {', '.join(missing)}; its chat format needs "
+                f"{', '.join(needed)}, {THINK} and {END_THINK} as single tokens"
+            )
+        missing = [name for name in (THINK, END_THINK) if name not in self.specials]
+        if missing:
             raise UserError(
                 f"{self.source}: has no single token for {' and '.join(missing)}; take a tokenizer "
                 f"that has them, such as Phi-4-reasoning's, or name two unused tokens to become them, with a "
-                f"comma between, in tokenizer.think_tokens{hint}"
-            )
-        if missing:
-            raise UserError(
-                f"{self.source}: has no special token {', '.join(missing)}; the Phi-4 chat template needs "
-                "<|im_start|>, <|im_sep|>, <|im_end|>, <|endoftext|>, <think> and </think> as single tokens"
+                f"comma between, in tokenizer.think_tokens"
             )
         for text in self._backend.specials:
             made = [
@@ -183,6 +169,11 @@ class Tokenizer:
                 raise UserError(
                     f"{self.source}: ordinary text {text!r} becomes the special token {made[0]!r}"
                 )
+        return chat
+
+    def header(self, role: str) -> list[int]:
+        """Ids that open a turn of `role`."""
+        return self.encode_trusted(self.chat.header.format(role=role))
 
     # --- text and ids
 
@@ -250,9 +241,9 @@ class Tokenizer:
         """A tokenizer from a folder (tokenizer.json, else a .model file), a .json or a .model file; "" is
         `builtin()`.
 
-        `think_tokens`: "A,B", two tokens of a tokenizer.json that take the place of `<think>` and `</think>`,
-        for Phi-4's own tokenizer, which lacks them: "<|dummy_86|>,<|dummy_87|>". The copy that `save` writes
-        has them renamed, so it is read back without this setting.
+        A tokenizer.json without think tokens gets them where its chat format says how; `note` then says
+        which. `think_tokens`: "A,B", two other tokens of it that take the place of `<think>` and `</think>`.
+        The copy that `save` writes has them renamed, so it is read back without this setting.
         """
         if path == "":
             return cls.builtin()
@@ -277,9 +268,12 @@ class Tokenizer:
             return cls(_SentencePiece(data, str(path)), {SPM_FILE: data}, str(path))
         companions = [path.parent / name for name in _HF_COMPANIONS]
         files = {HF_FILE: data} | {file.name: file.read_bytes() for file in companions if file.is_file()}
+        note = ""
         if think_tokens:
             files = _rename_think_tokens(files, think_tokens, str(path))
-        return cls(_HuggingFace(files[HF_FILE], str(path)), files, str(path))
+        elif f'"{THINK}"'.encode() not in data:
+            files, note = _own_think_tokens(files, str(path))
+        return cls(_HuggingFace(files[HF_FILE], str(path)), files, str(path), note)
 
 
 def _file_in(folder: Path) -> Path:
@@ -309,18 +303,69 @@ def _rename(value: Any, names: dict[str, str]) -> Any:
     return value
 
 
-def _rename_think_tokens(files: dict[str, bytes], think_tokens: str, source: str) -> dict[str, bytes]:
+def _chat_format(specials: Collection[str]) -> ChatFormat | None:
+    """The chat format whose special tokens are all there; of several the one that needs most."""
+    fitting = [chat for chat in chat_formats() if {*chat.special_tokens} <= {*specials}]
+    return max(fitting, key=lambda chat: len(chat.special_tokens), default=None)
+
+
+def _added_tokens(files: dict[str, bytes], source: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """(parsed tokenizer.json, text -> id of its added tokens)."""
     try:
         spec = json.loads(files[HF_FILE])
-        contents = [token["content"] for token in spec["added_tokens"]]
+        return spec, {token["content"]: token["id"] for token in spec["added_tokens"]}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{source}: not a Hugging Face tokenizer.json: {error}") from None
+
+
+def _own_think_tokens(files: dict[str, bytes], source: str) -> tuple[dict[str, bytes], str]:
+    """The files with the think tokens that their chat format gives them, and what is to be said of it."""
+    spec, added = _added_tokens(files, source)
+    chat = _chat_format(added)
+    if chat is None:
+        return files, ""
+    if chat.think_placeholders is None:
+        first = max([*spec.get("model", {}).get("vocab", {}).values(), *added.values()]) + 1
+        note = f"{source}: {THINK} and {END_THINK} are new tokens, ids {first} and {first + 1}"
+        return _append_think_tokens(files, spec, first), note
+    if not {*chat.think_placeholders} <= {*added}:
+        return files, ""
+    old = " and ".join(chat.think_placeholders)
+    return (
+        _rename_think_tokens(files, ",".join(chat.think_placeholders), source),
+        f"{source}: its unused tokens {old} become {THINK} and {END_THINK}",
+    )
+
+
+def _append_think_tokens(files: dict[str, bytes], spec: dict[str, Any], first: int) -> dict[str, bytes]:
+    changed = dict(files)
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    names = {THINK: first, END_THINK: first + 1}
+    spec["added_tokens"] += [{"id": index, "content": name, **flags} for name, index in names.items()]
+    changed[HF_FILE] = json.dumps(spec, ensure_ascii=False).encode()
+    for file, key in (("tokenizer_config.json", "added_tokens_decoder"), ("added_tokens.json", "")):
+        if file not in files:
+            continue
+        table = json.loads(files[file])
+        if key:
+            entries = {str(index): {"content": name, **flags} for name, index in names.items()}
+            table[key] = {**table.get(key, {}), **entries}
+        else:
+            table |= names
+        changed[file] = json.dumps(table, indent=2, ensure_ascii=False).encode()
+    return changed
+
+
+def _rename_think_tokens(files: dict[str, bytes], think_tokens: str, source: str) -> dict[str, bytes]:
+    spec, contents = _added_tokens(files, source)
+    chat = _chat_format(contents)
+    needed = {*chat.special_tokens, *chat.pad} if chat else set()
     olds = [name.strip() for name in think_tokens.split(",")]
     if len(olds) != 2 or olds[0] == olds[1]:
         raise UserError(
             f"tokenizer.think_tokens: expected two token names and a comma, found {think_tokens!r}"
         )
-    names = dict(zip(olds, ("<think>", "</think>"), strict=True))
+    names = dict(zip(olds, (THINK, END_THINK), strict=True))
     for old, new in names.items():
         if new in contents:
             raise UserError(
@@ -330,7 +375,7 @@ def _rename_think_tokens(files: dict[str, bytes], think_tokens: str, source: str
             raise UserError(
                 f"{source}: tokenizer.think_tokens names {old!r}, which is not an added token of this file"
             )
-        if any(old in role for role in ROLE_NAMES.values()):
+        if old in needed:
             raise UserError(
                 f"{source}: tokenizer.think_tokens names {old!r}, which the chat template itself needs"
             )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from phi4r.core.problem import ROLES
 
 Kind = Literal["plain", "qkv", "gate_up"]
 Option = Literal["tied_embeddings", "partial_rotary", "longrope"]
@@ -27,14 +30,25 @@ class LayerTensor:
     parts: tuple[str, ...] = ()
 
 
+THINK, END_THINK = "<think>", "</think>"
+
+REASONING_MESSAGE = (
+    "You are a careful assistant who works a question out before answering it. Write your reply in two "
+    "sections, in this order: <think> {Thought section} </think> {Solution section}. In the Thought section "
+    "reason step by step: explore, check intermediate results, and go back when something does not fit. In "
+    "the Solution section state, clearly and briefly, the solution you arrived at, with the steps that are "
+    "needed to follow it and the final answer."
+)
+"""The system message "reasoning" of every family."""
+
+
 @dataclass(frozen=True)
 class ChatFormat:
     """How a conversation is written: `header` with the role in it, the content, `end`, for every turn; a
-    prompt ends with the assistant's header. Special tokens stand in the texts by name.
+    prompt ends with the assistant's header. Special tokens, `<|...|>`, stand in the texts by name.
 
     after_end: text between an end and the next header. end_of_text: the special token that ends a document.
-    pad: special tokens that can pad, the first that a tokenizer has is taken. think_placeholders: two unused
-    special tokens of the family's own tokenizer that become <think> and </think> where it lacks them.
+    pad: special tokens that can pad, the first that a tokenizer has is taken.
     """
 
     header: str
@@ -42,7 +56,15 @@ class ChatFormat:
     after_end: str = ""
     end_of_text: str = "<|endoftext|>"
     pad: tuple[str, ...] = ("<pad>", "<|pad|>", "<|endoftext|>")
-    think_placeholders: tuple[str, str] | tuple[()] = ()
+    think_placeholders: tuple[str, str] | None = None
+    """Two unused special tokens of the family's own tokenizer that become <think> and </think> where it has
+    no such tokens. None: they are added behind its last token, in rows of the embedding that nothing uses."""
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """What a tokenizer must have to write it, without the think tokens."""
+        headers = "".join(self.header.format(role=role) for role in ROLES)
+        return tuple(dict.fromkeys([*re.findall(r"<\|.*?\|>", headers), self.end, self.end_of_text]))
 
 
 @dataclass(frozen=True)

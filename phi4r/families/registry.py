@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from phi4r.core.registry import resolve
-from phi4r.families.family import Family
+from phi4r.families.family import ChatFormat, Family
 
 FAMILIES: dict[str, Family | str] = {
     "phi4": "phi4r.families.phi4:PHI4",
@@ -28,6 +28,12 @@ def _fit(found: Any) -> Family:
     if not isinstance(found, Family):
         raise TypeError(f"expected a phi4r.families.family.Family, got {type(found).__name__}")
     return found
+
+
+@functools.cache
+def chat_formats() -> tuple[ChatFormat, ...]:
+    """How the registered families write conversations."""
+    return tuple(dict.fromkeys(get_family(name).chat for name in FAMILIES))
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from functools import cached_property
 
 from phi4r.configs.sections import InitConfig, ModelConfig, ParallelConfig, TokenizerConfig, TrainConfig
 from phi4r.configs.stages import check_layout
+from phi4r.core.console import say
 from phi4r.core.errors import ConfigError, UserError
 from phi4r.data.tokenizer import Tokenizer
 from phi4r.families.model import SHAPE_FIELDS
@@ -28,11 +29,17 @@ def open_tokenizer(config: TokenizerConfig, checkpoint: str = "") -> Tokenizer:
     """The tokenizer of `config.path`, else that of the checkpoint the run starts from, else the built-in
     one."""
     if config.path or not checkpoint:
-        return Tokenizer.load(config.path, config.think_tokens)
+        return _noted(Tokenizer.load(config.path, config.think_tokens))
     folder = tokenizer_folder(checkpoint)
     if folder is None:
         raise UserError(f"{checkpoint}: holds no tokenizer; set tokenizer.path")
-    return Tokenizer.load(folder)
+    return _noted(Tokenizer.load(folder))
+
+
+def _noted(tokenizer: Tokenizer) -> Tokenizer:
+    if tokenizer.note:
+        say(tokenizer.note)
+    return tokenizer
 
 
 def resolve_model(model: ModelConfig, tokenizer: Tokenizer, checkpoint: str = "") -> ModelConfig:
@@ -55,6 +62,11 @@ def resolve_model(model: ModelConfig, tokenizer: Tokenizer, checkpoint: str = ""
     elif model.vocab_size == 0:
         rounded = -(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         model = dataclasses.replace(model, vocab_size=rounded)
+    if tokenizer.chat != model.description.chat:
+        say(
+            f"note: {tokenizer.source} has the special tokens of another chat format than model.family ="
+            f" {model.family}: turns are written as {tokenizer.chat.header!r} ... {tokenizer.chat.end!r}"
+        )
     if tokenizer.vocab_size > model.vocab_size:
         raise ConfigError(
             "model.vocab_size", f"is {model.vocab_size}, but the tokenizer has {tokenizer.vocab_size} tokens"

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from phi4r.core.errors import UserError
 from phi4r.core.problem import Conversation, Message, Problem
 from phi4r.data.render import (
-    REASONING_SYSTEM_MESSAGE,
     chat_template,
     render_example,
     render_prompt,
     split_think,
 )
 from phi4r.data.tokenizer import Tokenizer
+from phi4r.families.family import REASONING_MESSAGE
 
 BUILTIN = Tokenizer.builtin()
 SYSTEMS = ["none", "reasoning", 'It\'s "quoted"\\\r\n{{ not jinja }} é🙂']
@@ -72,10 +72,10 @@ def test_every_assistant_turn_is_a_target_and_nothing_else_is(tokenizer: Tokeniz
 
 
 def test_the_reasoning_message_comes_first_and_asks_for_two_sections(tokenizer: Tokenizer) -> None:
-    assert "<think> {Thought section} </think> {Solution section}" in REASONING_SYSTEM_MESSAGE
+    assert "<think> {Thought section} </think> {Solution section}" in REASONING_MESSAGE
     ids = render_prompt(tokenizer, [Message("system", "own"), Message("user", "q")], "reasoning")
     assert tokenizer.decode(ids) == (
-        f"<|im_start|>system<|im_sep|>{REASONING_SYSTEM_MESSAGE}<|im_end|><|im_start|>system<|im_sep|>own<|im_end|>"
+        f"<|im_start|>system<|im_sep|>{REASONING_MESSAGE}<|im_end|><|im_start|>system<|im_sep|>own<|im_end|>"
         "<|im_start|>user<|im_sep|>q<|im_end|><|im_start|>assistant<|im_sep|>"
     )
     # The tags in the system message are words about a format: only the assistant opens a think block.
@@ -90,8 +90,8 @@ def test_no_text_of_a_user_can_become_a_template_token(
 ) -> None:
     for tokenizer in (BUILTIN, phi4_like):
         ids = render_prompt(tokenizer, turns)
-        assert ids.count(tokenizer.im_start) == len(turns) + 1
-        assert ids.count(tokenizer.im_sep) == len(turns) + 1
+        assert ids.count(tokenizer.specials["<|im_start|>"]) == len(turns) + 1
+        assert ids.count(tokenizer.specials["<|im_sep|>"]) == len(turns) + 1
         assert ids.count(tokenizer.im_end) == len(turns)
         assert tokenizer.think not in ids
         assert tokenizer.end_think not in ids
@@ -102,7 +102,7 @@ def _contents(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     """Text between each <|im_sep|> and the next <|im_end|>."""
     found, start = [], 0
     for at, token in enumerate(ids):
-        if token == tokenizer.im_sep:
+        if token == tokenizer.specials["<|im_sep|>"]:
             start = at + 1
         elif token == tokenizer.im_end:
             found.append(tokenizer.decode(ids[start:at]))

@@ -65,7 +65,15 @@ def test_the_builtin_model_has_the_same_bytes_every_time() -> None:
 
 def test_decode_writes_special_tokens_out_and_can_leave_the_template_ones_out() -> None:
     t = BUILTIN
-    ids = [t.im_sep, t.think, *t.encode("1+1 "), t.end_think, *t.encode(" 2"), t.im_end, t.pad]
+    ids = [
+        t.specials["<|im_sep|>"],
+        t.think,
+        *t.encode("1+1 "),
+        t.end_think,
+        *t.encode(" 2"),
+        t.im_end,
+        t.pad,
+    ]
     assert t.decode(ids) == "<|im_sep|><think>1+1 </think> 2<|im_end|><pad>"
     assert t.decode(ids, skip_special=True) == "<think>1+1 </think> 2"
     assert t.eos_ids == (t.im_end, t.endoftext)
@@ -83,17 +91,31 @@ def test_phi4_test_vectors_of_the_reference_page(phi4_reasoning_folder: Path) ->
     assert tokenizer.vocab_size == 100352
 
 
-def test_a_tokenizer_without_think_tokens_is_refused_with_the_way_out(phi4_folder: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"no single token for <think> and </think>.*tokenizer\.think_tokens.*dummy_86"
-    ):
-        Tokenizer.load(phi4_folder)
+def test_phi4s_own_placeholders_become_think_tokens_with_a_note(phi4_folder: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(phi4_folder)
+    assert (tokenizer.think, tokenizer.end_think, tokenizer.vocab_size) == (100350, 100351, 100352)
+    assert "its unused tokens <|dummy_86|> and <|dummy_87|> become <think> and </think>" in tokenizer.note
+    tokenizer.save(tmp_path)
+    saved = Tokenizer.load(tmp_path)
+    assert (saved.think, saved.end_think, saved.note) == (100350, 100351, "")
 
 
-def test_unused_tokens_become_think_tokens_only_when_named_and_stay_so_in_the_saved_copy(
+def test_a_tokenizer_without_tokens_to_spare_is_refused_with_the_way_out(
+    phi4_folder: Path, tmp_path: Path
+) -> None:
+    spec = json.loads((phi4_folder / "tokenizer.json").read_text())
+    for token in spec["added_tokens"]:
+        token["content"] = token["content"].replace("<|dummy_86|>", "<|taken|>")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(UserError, match=r"no single token for <think> and </think>.*tokenizer\.think_tokens"):
+        Tokenizer.load(tmp_path)
+
+
+def test_named_tokens_become_think_tokens_and_stay_so_in_the_saved_copy(
     phi4_folder: Path, tmp_path: Path
 ) -> None:
     tokenizer = Tokenizer.load(phi4_folder, think_tokens="<|dummy_86|>, <|dummy_87|>")
+    assert tokenizer.note == ""
     assert (tokenizer.think, tokenizer.end_think) == (100350, 100351)
     assert tokenizer.decode([100350, 100351]) == "<think></think>"
     tokenizer.save(tmp_path)
