@@ -23,7 +23,7 @@ from phi4r.core.errors import UserError
 from phi4r.core.io import atomic_write_json
 from phi4r.data.packing import PackedRow
 from phi4r.parallel.layout import distributed_session, init_layout
-from phi4r.rl.batch import grpo_loss
+from phi4r.rl.batch import policy_loss
 from phi4r.train.checkpoint import load_checkpoint
 from phi4r.train.engine import Engine, TokenLoss, sft_loss
 from phi4r.train.folders import find_latest, read_manifest, replay_folder
@@ -48,7 +48,7 @@ def main(cfg: SFTConfig | RLConfig, run_dir: Path) -> None:
         engine.sync_optimizer()
         loss: TokenLoss = sft_loss
         if isinstance(cfg, RLConfig):
-            loss = grpo_loss(cfg.objective, on_policy=cfg.objective.updates_per_rollout == 1)
+            loss = policy_loss(cfg.objective, on_policy=cfg.objective.updates_per_rollout == 1)
         temperature = float(info["temperature"])
         report = []
         for index in range(len(rows)):

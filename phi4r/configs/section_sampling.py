@@ -1,4 +1,4 @@
-"""Sections of what samples answers and judges them: sampling, rollouts, rewards, the objective, curation."""
+"""Sections of what samples answers and judges them: sampling, rollouts, rewards, curation."""
 
 from __future__ import annotations
 
@@ -250,75 +250,6 @@ class RewardConfig:
             negative_tokens=self.negative_tokens or max(1, round(longest * 3_702 / 31_744)),
             overlong_tokens=self.overlong_tokens or max(1, round(longest / 5)),
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
-    """The GRPO objective: a clipped surrogate with group-standardised advantages, a KL and an entropy
-    term."""
-
-    surrogate: Literal["clip", "cispo"] = "clip"
-    """What clipping does: stop a token that has moved far enough (PPO, GRPO), or bound the weight of its
-    log-prob's gradient, which goes on (CISPO; its authors clip above only: clip_low = 1)."""
-    clip_low: float = 0.2
-    """The probability ratio is clipped below at 1 - clip_low."""
-    clip_high: float = 0.2
-    """The probability ratio is clipped above at 1 + clip_high."""
-    dual_clip: float = 0.0
-    """Bound c > 1 on the loss of negative advantages at large ratios (0: off)."""
-    normalization: Literal["token", "sequence", "constant"] = "token"
-    """Sum over tokens / all tokens (as the paper's run), mean of per-response means (as printed), or / a
-    constant (Dr. GRPO)."""
-    kl_coef: float = 0.001
-    """Weight of the KL penalty (beta)."""
-    kl_reference: Literal["old", "ref"] = "old"
-    """KL against the policy that sampled ("old", as printed) or a frozen copy of the starting weights
-    ("ref")."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Per-token KL estimate: log ratio, half its square, or the unbiased and non-negative third."""
-    entropy_coef: float = 0.001
-    """Weight of the entropy bonus (gamma)."""
-    ratio: Literal["token", "sequence"] = "token"
-    """What is clipped: each token's probability ratio, or their geometric mean over the response (GSPO)."""
-    importance_cap: float = 0.0
-    """Weight tokens by pi_old / pi_rollout, truncated here, where the sampler computes other log-probs than
-    the trainer (0: off)."""
-    updates_per_rollout: int = 1
-    """Optimizer steps on each set of samples. 1 is strictly on-policy and needs no second log-prob pass."""
-    advantage_norm: Literal["std", "none", "batch"] = "std"
-    """Divide centred rewards by the group's population standard deviation, not at all (Dr. GRPO), or by that
-    of the whole step (REINFORCE++)."""
-    group_keep: int = 0
-    """Compare only this many samples of each group, chosen by group_filter (GFPO); the others get no
-    advantage (0: compare all)."""
-    group_filter: Literal["length", "efficiency"] = "length"
-    """What group_keep keeps: the shortest responses, or those of the highest reward per token."""
-    min_informative: float = 0.0
-    """Skip a step when a smaller share of its groups than this has rewards that differ."""
-
-    def __post_init__(self) -> None:
-        at_least(
-            "objective",
-            self,
-            clip_low=0,
-            clip_high=0,
-            kl_coef=0,
-            entropy_coef=0,
-            importance_cap=0,
-            updates_per_rollout=1,
-        )
-        between("objective", self, 0, 1, "min_informative")
-        require(self.clip_low <= 1, "objective.clip_low", f"must be at most 1, got {self.clip_low}")
-        require(
-            self.dual_clip == 0 or self.dual_clip > 1,
-            "objective.dual_clip",
-            f"must be 0 (off) or greater than 1, got {self.dual_clip}",
-        )
-        if self.surrogate == "cispo":
-            require(self.dual_clip == 0, "objective.dual_clip", "cispo has none: must be 0")
-            require(
-                self.ratio == "token", "objective.ratio", "cispo clips ratios of tokens, not of sequences"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

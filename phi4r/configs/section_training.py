@@ -252,6 +252,9 @@ class LogConfig:
     """Project name at Weights & Biases."""
     tensorboard: bool = False
     """Write TensorBoard event files under the run folder."""
+    ref_kl: bool = False
+    """RL: log the KL to the weights that the run started from (kl_ref) where the objective has no use for
+    them: a frozen copy of the model and a forward pass a step."""
 
     def __post_init__(self) -> None:
         at_least("log", self, every=1)

@@ -5,11 +5,11 @@ when it is made; what depends on several sections is checked in `stages`. Defaul
 start, except where the paper gives a value that has no small-scale twin.
 """
 
+from phi4r.configs.section_objective import SURROGATE_SETTINGS, ObjectiveConfig
 from phi4r.configs.section_sampling import (
     CurateSettings,
     EvalSettings,
     GenerateSettings,
-    ObjectiveConfig,
     ProblemsConfig,
     RewardConfig,
     RolloutConfig,
@@ -30,6 +30,7 @@ from phi4r.core.checks import require
 from phi4r.families.model import ModelConfig
 
 __all__ = [
+    "SURROGATE_SETTINGS",
     "CheckpointConfig",
     "CurateSettings",
     "DataConfig",

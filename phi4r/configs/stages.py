@@ -233,6 +233,11 @@ class RLConfig:
     log: LogConfig = field(default_factory=LogConfig)
     init: InitConfig = field(default_factory=InitConfig)
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a frozen copy of the starting weights is loaded, and run on each step's samples."""
+        return self.objective.needs_ref or self.log.ref_kl
+
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", f"must be at least 0, got {self.seed}")
         check_layout(self.model, self.parallel)

@@ -37,6 +37,7 @@ class Stream(IntEnum):
     CONTINUED = 25
     CURRICULUM = 26
     AUDIT = 27
+    SELECTED_TOKENS = 28
     # evaluation and curation
     EVAL_SAMPLES = 31
     PASS_RATE = 41

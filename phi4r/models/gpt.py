@@ -15,14 +15,10 @@ from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from phi4r_kernels.linear_loss import LinearLossResult, linear_logprobs, linear_loss
+from phi4r_kernels.linear_loss import LinearLossResult
 from torch import Tensor
 
 from phi4r.configs.sections import ModelConfig, ParallelConfig, TrainConfig
@@ -32,7 +28,8 @@ from phi4r.core.errors import UserError
 from phi4r.families.family import Family
 from phi4r.models.attention import CoreAttention
 from phi4r.models.backends import select_backend
-from phi4r.models.packed import HeadRequest, PackedContext
+from phi4r.models.head import HeadRequest, LogprobHead
+from phi4r.models.packed import PackedContext
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -50,61 +47,6 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, (x.size(-1),), self.weight, self.eps)
-
-
-class LogprobHead(ColumnParallelLinear):
-    """The output layer, vocabulary-parallel: gives a loss, or log-probs and entropies of labels, and never
-    holds [tokens, vocabulary] logits."""
-
-    vocab_size: int
-    """Rows of the whole vocabulary; what the ranks hold beyond it is padding."""
-
-    def num_real_rows(self, rows: int) -> int:
-        """How many of this rank's `rows` are tokens."""
-        return min(rows, self.vocab_size - self.tp_group.rank() * rows)
-
-    def forward(  # type: ignore[override]
-        self, hidden: Tensor, table: Tensor, request: HeadRequest, gather_sequence: bool
-    ) -> Tensor | LinearLossResult:
-        """table: this rank's rows of the head, or of the embedding it is tied to. hidden [T local / tp if
-        SP, 1, D] -> the loss of `request.loss`; without one, [2, T local] (log-prob, entropy), or logits [B,
-        vocabulary] fp32."""
-        if gather_sequence:
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
-        else:
-            hidden = copy_to_tensor_model_parallel_region(hidden)
-        hidden_TD = hidden[:, 0]
-        if request.logits_at is not None:
-            return self._gathered_logits(hidden_TD[request.logits_at], table)
-        assert request.labels_T is not None
-        # Without the padding rows: they get no probability, and no gradient but zeros.
-        rows = self.num_real_rows(table.size(0))
-        weight = table if rows == table.size(0) else table[:rows]
-        options: dict[str, Any] = dict(
-            vocab_start=self.tp_group.rank() * table.size(0),
-            group=self.tp_group,
-            temperature=request.temperature,
-            chunk_size=request.chunk_size,
-            with_entropy=request.with_entropy,
-            elementwise=request.elementwise,
-        )
-        if request.loss is None:
-            values = linear_logprobs(
-                hidden_TD, weight, request.labels_T, select_T=request.select_T, **options
-            )
-            return torch.stack(values)
-        options |= request.terms
-        if mpu.get_context_parallel_world_size() > 1:
-            options["sequence_group"] = mpu.get_context_parallel_group()
-        return linear_loss(hidden_TD, weight, request.labels_T, spec=request.loss, **options)
-
-    def _gathered_logits(self, hidden_BD: Tensor, table: Tensor) -> Tensor:
-        logits_BV = hidden_BD.float() @ table.float().T
-        if self.tp_group.size() == 1:
-            return logits_BV
-        shards = [torch.empty_like(logits_BV) for _ in range(self.tp_group.size())]
-        torch.distributed.all_gather(shards, logits_BV.contiguous(), group=self.tp_group)
-        return torch.cat(shards, dim=1)[:, : self.vocab_size]
 
 
 def layer_spec(family: Family, kind: str = "local") -> ModuleSpec:
@@ -129,7 +71,7 @@ def layer_spec(family: Family, kind: str = "local") -> ModuleSpec:
 
 
 class DecoderModel(GPTModel):
-    """GPTModel whose last stage answers the row's `HeadRequest` instead of returning logits."""
+    """GPTModel whose last stage answers a `HeadRequest` instead of returning logits."""
 
     def __init__(
         self, config: TransformerConfig, model: ModelConfig, *, layers: str = "local", **stage: Any
@@ -154,18 +96,24 @@ class DecoderModel(GPTModel):
             self.output_layer.__class__ = LogprobHead
             self.output_layer.vocab_size = model.vocab_size
 
-    def forward(self, input_ids: Tensor, context: PackedContext) -> Tensor:  # type: ignore[override]
-        """input_ids int64 [1, T local]; returns hidden states between stages, the head's answer on the
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor, context: PackedContext, request: HeadRequest
+    ) -> Tensor | LinearLossResult:
+        """input_ids int64 [1, T local]; returns hidden states between stages, the answer to `request` on the
         last."""
-        return super().forward(input_ids, None, None, packed_seq_params=context)
-
-    def _postprocess(self, hidden_states: Tensor, packed_seq_params: PackedContext, **unused: Any) -> Tensor:
+        hidden = super().forward(input_ids, None, None, packed_seq_params=context)
         if not self.post_process:
-            return hidden_states
+            return hidden
         table = self.output_layer.weight
         if self.share_embeddings_and_output_weights:
             table = self.shared_embedding_or_output_weight()
-        return self.output_layer(hidden_states, table, packed_seq_params.head, self.config.sequence_parallel)
+        answer: Tensor | LinearLossResult = self.output_layer(
+            hidden, table, request, self.config.sequence_parallel
+        )
+        return answer
+
+    def _postprocess(self, hidden_states: Tensor, **unused: Any) -> Tensor:
+        return hidden_states
 
 
 FP8_FORMATS = {"tensorwise": "hybrid", "blockwise": "e4m3", "mxfp8": "e4m3"}

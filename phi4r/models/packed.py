@@ -1,6 +1,6 @@
 """What travels beside the hidden states of one packed row to every pipeline stage (design contract 2).
 
-`PackedContext` is megatron-core's `PackedSeqParams` with what our core attention and head need on top, so it
+`PackedContext` is megatron-core's `PackedSeqParams` with what our core attention needs on top, so it
 reaches each layer through megatron's own argument. Masks and rotary tables are made once per row and shared
 by all layers.
 """
@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
-from phi4r_kernels.linear_loss import Elementwise, LossSpec
 from torch import Tensor
 
 from phi4r.families.rotary import Rotary
@@ -24,30 +23,6 @@ if TYPE_CHECKING:
     from phi4r_kernels.attention_plan import AttentionPlan
 
     from phi4r.models.kv_cache import KVCache
-
-
-@dataclass(frozen=True)
-class HeadRequest:
-    """What the last stage should make of the hidden states.
-
-    labels_T: int64 [T] targets (local tokens); temperature: divides the logits; chunk_size: tokens whose
-    logits exist at once; with_entropy: also entropy; elementwise: which kernels, as `linear_loss` takes it.
-
-    loss: what to minimise, with terms, the per-token arguments of `linear_loss` by name (weights_T, ...);
-    None for log-probs without gradients, of the tokens select_T (bool [T]; None: all, others give zeros).
-    logits_at: int64 [B] or None; when set, full-vocabulary logits [B, vocabulary] of these tokens are
-    returned instead.
-    """
-
-    labels_T: Tensor | None = None
-    select_T: Tensor | None = None
-    temperature: float = 1.0
-    chunk_size: int = 4096
-    with_entropy: bool = False
-    elementwise: Elementwise = "auto"
-    loss: LossSpec | None = None
-    terms: dict[str, Tensor] = field(default_factory=dict)
-    logits_at: Tensor | None = None
 
 
 class Varlen(NamedTuple):
@@ -69,18 +44,15 @@ class PackedContext(PackedSeqParams):
     position_ids: int64 [T local], position of each local token inside its document (for RoPE).
     num_tokens: T of the whole row (all CP ranks). cu_seqlens_q/kv: int32 [documents + 1] over the whole row.
     kv_cache: set while sampling; then keys and values are stored in (and, when decoding, read from) the
-    cache. host_bounds: cu_seqlens as host integers, so that a plan needs no synchronisation. tensors: what
-    the loss needs beside log-probs (loss mask, advantages, ...), each [T local]; attention ignores it.
+    cache. host_bounds: cu_seqlens as host integers, so that a plan needs no synchronisation.
     """
 
     position_ids: Tensor = None  # type: ignore[assignment]
     num_tokens: int = 0
     cp: int = 1
     cp_rank: int = 0
-    head: HeadRequest = field(default_factory=HeadRequest)
     kv_cache: KVCache | None = None
     host_bounds: Sequence[int] | None = None
-    tensors: dict[str, Tensor] = field(default_factory=dict)
     _mask: Tensor | None = None
     _segments: list[tuple[int, int, int, int]] | None = None
     _rotary: tuple[Tensor, Tensor] | None = None

@@ -1,1 +1,1 @@
-"""RL objectives on per-token vectors."""
+"""What RL minimises: one function per surrogate, on per-token vectors."""

@@ -118,7 +118,8 @@ def stage_memory(config: SFTConfig | RLConfig, pp_rank: int, kernels: Kernels | 
     reference = kv = 0
     if isinstance(config, RLConfig):
         chunks = rank_chunks(model, parallel, pp_rank)
-        reference = width * sum(sum(weights) for weights in chunks)
+        if config.needs_reference:
+            reference = width * sum(sum(weights) for weights in chunks)
         layers = sum(stage_layers(model.num_layers, parallel)[pp_rank])
         if config.sampling.engine == "embedded":
             kv = kv_bytes(config, layers)

@@ -139,7 +139,7 @@ def step_time(config: SFTConfig | RLConfig, rates: Rates, gpus_per_node: int, wo
     parts["optimizer"] = moved_bytes * ((1 - offloaded) / copy + offloaded / (HOST_GB_S * 1e9))
     parts["generation"] = parts["reference_pass"] = 0.0
     if isinstance(config, RLConfig):
-        passes = 2 if config.objective.updates_per_rollout > 1 else 1
+        passes = config.needs_reference + config.objective.needs_old
         parts["reference_pass"] = passes * (microbatches + p.pp - 1) * (forward + head / HEAD_PRODUCTS)
         parts["generation"] = _generation(config, rates, work)
     return StepTime(**parts)

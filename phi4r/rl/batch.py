@@ -1,12 +1,14 @@
-"""From trajectories to packed rows, and the GRPO objective as the loss the training engine takes.
+"""From trajectories to packed rows, and the objective as the loss the training engine takes.
 
 Every per-token quantity rides in the rows as an extra aligned with its target token, so it is cut, packed and
 dealt to ranks by the same code as the tokens:
 
-    advantages, weights         A_i and w_t of `rl.objective`
+    advantages, weights         A_i and w_t of `phi4r.objectives`
     counts                      what a token adds to the loss's whole-number denominator
     rollout_logprobs            the sampler's log-prob
-    old_logprobs, ref_logprobs  of the policy that sampled (only off-policy) and of the frozen reference
+    old_logprobs, ref_logprobs  of the policy before the step and of the frozen reference, where they are needed
+    selected, top_entropy       1 for tokens chosen among all of the step, for the objectives that choose some
+    entropy_weights             weights of the entropy, where it is averaged over tokens and the loss is not
 """
 
 from __future__ import annotations
@@ -15,46 +17,46 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from phi4r_kernels.linear_loss import LinearLossResult, LossSpec
+import torch
+from phi4r_kernels.linear_loss import LinearLossResult
+from phi4r_kernels.linear_loss.tokens import MAX_LOG_RATIO
 from torch import Tensor
 
+from phi4r.configs.sections import ObjectiveConfig
 from phi4r.data.packing import Document
-from phi4r.objectives.grpo import (
-    MAX_LOG_RATIO,
-    Normalization,
-    ObjectiveSettings,
-    normalization_weights,
-    token_loss,
-)
+from phi4r.objectives.objective import PolicyObjective
+from phi4r.objectives.selection import by_covariance, top_entropy
+from phi4r.objectives.terms import bounded, kl_estimate, normalization_weights
 from phi4r.sampling.types import Sample
 from phi4r.train.engine import RowTensors, TokenLoss
 
 
 def response_documents(
-    samples: Sequence[Sample],
-    advantages: Sequence[float],
-    normalization: Normalization,
-    constant: int,
+    samples: Sequence[Sample], advantages: Sequence[float], settings: ObjectiveConfig, constant: int
 ) -> list[Document]:
     """One document per sample: prompt and response tokens, the response as targets, with the extras of the
     loss.
 
-    advantages: one per sample. constant: L_max of the "constant" normalisation, in tokens.
+    advantages: one per sample. constant: L_max of the "constant" normalisation, in tokens, where the settings
+    give none. Truncated answers that are to be left out have no weights; where responses are counted, they
+    are among them.
     """
     lengths = [sample.num_tokens for sample in samples]
-    weights, _ = normalization_weights(lengths, normalization, constant)
+    mode = settings.normalization
+    weights, _ = normalization_weights(lengths, mode, settings.constant or constant)
     documents = []
     for sample, advantage, weight in zip(samples, advantages, weights, strict=True):
         prompt, length = len(sample.prompt_tokens), sample.num_tokens
         mask = np.arange(prompt + length) >= prompt
-        counts = mask.astype(np.float32)
-        if normalization != "token":
-            counts[prompt + 1 :] = 0  # a response counts once, at its first token
+        trained = mask & (sample.finished or not settings.drop_truncated)
+        counts = trained.astype(np.float32)
+        if mode != "token":
+            counts = (np.arange(prompt + length) == prompt).astype(np.float32)  # a response counts once
         rollout = np.zeros(prompt + length, dtype=np.float32)
         rollout[prompt:] = sample.logprobs
         extras = {
             "advantages": np.where(mask, advantage, 0.0).astype(np.float32),
-            "weights": np.where(mask, weight, 0.0).astype(np.float32),
+            "weights": np.where(trained, weight, 0.0).astype(np.float32),
             "counts": counts,
             "rollout_logprobs": rollout,
         }
@@ -73,21 +75,46 @@ def with_extra(
     ]
 
 
-def loss_spec(settings: ObjectiveSettings) -> LossSpec:
-    """The objective as the head takes it; normalisation is in the rows' weights."""
-    return LossSpec(
-        kind="policy",
-        surrogate=settings.surrogate,
-        clip_low=settings.clip_low,
-        clip_high=settings.clip_high,
-        dual_clip=settings.dual_clip,
-        kl_coef=settings.kl_coef,
-        kl_reference=settings.kl_reference,
-        kl_estimator=settings.kl_estimator,
-        entropy_coef=settings.entropy_coef,
-        importance_cap=settings.importance_cap,
-        ratio=settings.ratio,
-    )
+def with_entropy_weights(documents: Sequence[Document]) -> list[Document]:
+    """The documents of one update with weights of their entropies that make the loss's share of them a mean
+    over tokens: count / tokens, which the division by the count takes back."""
+    trained = [document.extras["weights"] != 0 for document in documents]
+    count = sum(float(document.extras["counts"].sum()) for document in documents)
+    weight = count / max(sum(int(each.sum()) for each in trained), 1)
+    return with_extra(documents, "entropy_weights", [each * np.float32(weight) for each in trained])
+
+
+def with_selected_tokens(
+    documents: Sequence[Document],
+    entropies: Sequence[npt.NDArray[np.float32]],
+    settings: ObjectiveConfig,
+    random: np.random.Generator,
+) -> list[Document]:
+    """The documents of a step, which have old_logprobs, with the tokens that the objective chooses among
+    them all. entropies: one array a document, before the first update."""
+    trained = [document.extras["weights"] != 0 for document in documents]
+
+    def over_all(values: Sequence[npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
+        return np.concatenate([value[each] for value, each in zip(values, trained, strict=True)])
+
+    def per_document(chosen_N: npt.NDArray[np.bool_]) -> list[npt.NDArray[np.float32]]:
+        marks = [np.zeros(len(each), dtype=np.float32) for each in trained]
+        parts = np.split(chosen_N, np.cumsum([each.sum() for each in trained])[:-1])
+        for mark, each, part in zip(marks, trained, parts, strict=True):
+            mark[each] = part
+        return marks
+
+    result = list(documents)
+    if not sum(int(each.sum()) for each in trained):
+        return with_extra(with_extra(result, "top_entropy", trained), "selected", trained)
+    if settings.top_entropy < 1:
+        chosen_N = top_entropy(over_all(entropies), settings.top_entropy)
+        result = with_extra(result, "top_entropy", per_document(chosen_N))
+    if settings.surrogate in ("clip_cov", "kl_cov"):
+        old, advantages = ([d.extras[n] for d in documents] for n in ("old_logprobs", "advantages"))
+        chosen_N = by_covariance(over_all(old), over_all(advantages), settings, random)
+        result = with_extra(result, "selected", per_document(chosen_N))
+    return result
 
 
 def rollout_gap_sums(
@@ -111,37 +138,46 @@ def rollout_gap_sums(
     }
 
 
-def grpo_loss(settings: ObjectiveSettings, *, on_policy: bool, gap_threshold: float = 0.1) -> TokenLoss:
-    """The objective of `rl.objective` over a row that carries the extras above.
+def policy_loss(settings: ObjectiveConfig, *, on_policy: bool, gap_threshold: float = 0.1) -> TokenLoss:
+    """The objective of `settings` over a row that carries the extras above.
 
-    on_policy: the weights have not moved since sampling, so the ratio is 1 by definition and no old log-probs
-    are needed. Beside the objective's sums it reports how far the sampler is from the trainer at the weights
-    that sampled: `rollout_gap_sums`.
+    on_policy: the weights have not moved since the step began, so the ratio is 1 by definition and no old
+    log-probs are needed. Reported, each summed over tokens: the objective's metrics, `num_tokens`, `entropy`,
+    `kl_old` and `kl_ref` (both k3, the last where the row has it), and how far the sampler is from the trainer
+    at the weights before the step: `rollout_gap_sums`. Raises ConfigError for a surrogate that cannot be found.
     """
-
-    def terms(row: RowTensors) -> dict[str, Tensor]:
-        found = {f"{name}_T": row[name] for name in ("weights", "advantages", "rollout_logprobs")}
-        if "ref_logprobs" in row:
-            found["ref_logprobs_T"] = row["ref_logprobs"]
-        if not on_policy:
-            found["old_logprobs_T"] = row["old_logprobs"]
-        return found
+    objective = PolicyObjective.make(settings)
+    wanted = {
+        "advantages": True,
+        "rollout_logprobs": True,
+        "old_logprobs": not on_policy,
+        "ref_logprobs": settings.needs_ref,
+        "selected": settings.surrogate in ("clip_cov", "kl_cov"),
+        "top_entropy": settings.top_entropy < 1,
+        "entropy_weights": settings.entropy_mean == "token",
+    }
 
     def report(result: LinearLossResult, row: RowTensors) -> tuple[Tensor, dict[str, Tensor]]:
-        _, sums = token_loss(
-            result.logprobs_T,
-            result.entropy_T,
-            None if on_policy else row["old_logprobs"],
-            row.get("ref_logprobs"),
-            row["advantages"],
-            row["weights"],
-            settings,
-            rollout_logprobs_T=row["rollout_logprobs"],
-            sequence_log_ratio_T=result.log_ratio_T,
-        )
-        sampled_by_T = result.logprobs_T if on_policy else row["old_logprobs"]
         active_T = row["weights"] != 0
-        gaps = rollout_gap_sums(sampled_by_T[active_T], row["rollout_logprobs"][active_T], gap_threshold)
+        policy_T = result.logprobs_T
+        old_T = policy_T if on_policy else row["old_logprobs"]
+
+        def kl(other_T: Tensor) -> Tensor:
+            difference_T = torch.where(active_T, policy_T - other_T, torch.zeros_like(policy_T))
+            return kl_estimate(bounded(difference_T), "k3").sum()
+
+        sums = {name: values_T.sum() for name, values_T in result.metrics.items()}
+        sums |= {"num_tokens": active_T.sum(), "entropy": result.entropy_T.sum(), "kl_old": kl(old_T)}
+        if "ref_logprobs" in row:
+            sums["kl_ref"] = kl(row["ref_logprobs"])
+        gaps = rollout_gap_sums(old_T[active_T], row["rollout_logprobs"][active_T], gap_threshold)
         return row["counts"].sum(), {**sums, **gaps}
 
-    return TokenLoss(loss_spec(settings), terms, report)
+    return TokenLoss(
+        objective=objective,
+        weights="weights",
+        report=report,
+        terms=tuple(name for name, is_wanted in wanted.items() if is_wanted),
+        reads_sequences=settings.reads_sequences,
+        fused=objective.fused,
+    )

@@ -25,7 +25,7 @@ from phi4r.data.tokenizer import Tokenizer
 from phi4r.parallel.layout import broadcast_object
 from phi4r.rewards.function import GradedResponse, reward_of
 from phi4r.rewards.length_aware import RewardParts
-from phi4r.rl.advantages import Advantages, filtered_advantages, group_advantages, kept_by_filter
+from phi4r.rl.advantages import Advantages, advantages_of
 from phi4r.rl.curriculum import open_order
 from phi4r.rl.queue import PromptQueue
 from phi4r.sampling.types import Completion, RolloutEngine, Sample, SampleRequest, Span, to_samples
@@ -246,12 +246,8 @@ def to_trajectories(
 ) -> tuple[list[Trajectory], Advantages]:
     """Trajectories with their group's advantages, and the groups' report."""
     totals = np.array([reward.total for reward in rewards]).reshape(-1, group_size)
-    if objective.group_keep:
-        lengths = np.array([sample.num_tokens for sample in samples]).reshape(-1, group_size)
-        kept = kept_by_filter(totals, lengths, objective.group_keep, objective.group_filter)
-        groups = filtered_advantages(totals, kept, objective.advantage_norm)
-    else:
-        groups = group_advantages(totals, objective.advantage_norm)
+    lengths = np.array([sample.num_tokens for sample in samples]).reshape(-1, group_size)
+    groups = advantages_of(totals, lengths, objective)
     trajectories = [
         Trajectory(
             sample=sample,

@@ -18,16 +18,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from phi4r.configs.sections import RolloutConfig
 from phi4r.configs.stages import RLConfig
 from phi4r.core.console import say
 from phi4r.core.seeds import Stream, epoch_order
 from phi4r.data.packing import Document, PackedRow, pack, unpack
+from phi4r.objectives.terms import kl_estimate
 from phi4r.parallel.layout import distributed_session, init_layout
 from phi4r.rewards.function import get_reward
 from phi4r.rl.audit import write_audit
-from phi4r.rl.batch import grpo_loss, response_documents, with_extra
+from phi4r.rl.advantages import advantages_of
+from phi4r.rl.batch import (
+    policy_loss,
+    response_documents,
+    with_entropy_weights,
+    with_extra,
+    with_selected_tokens,
+)
 from phi4r.rl.collect import Collector, Trajectory
 from phi4r.rl.problems import load_run_problems
 from phi4r.rl.rollout_log import write_rollouts
@@ -48,7 +57,7 @@ def main(cfg: RLConfig, run_dir: Path) -> None:
         model = resolve_model(cfg.model, tokenizer, cfg.init.checkpoint)
         problems, prompts = load_run_problems(cfg.problems, cfg.rollout, tokenizer, cfg.seed, run_dir, layout)
         policy = Engine(model, cfg.parallel, layout, cfg.train, cfg.optimizer)
-        reference = open_frozen(policy, cfg.parallel, cfg.init, cfg.seed)
+        reference = open_frozen(policy, cfg.parallel, cfg.init, cfg.seed) if cfg.needs_reference else None
         say(
             f"rl: {model.num_parameters:,} parameters on {layout.world_size} rank(s),"
             f" {len(problems):,} problems"
@@ -93,7 +102,7 @@ def main(cfg: RLConfig, run_dir: Path) -> None:
 def update(
     cfg: RLConfig,
     policy: Engine,
-    reference: Engine,
+    reference: Engine | None,
     trajectories: Sequence[Trajectory],
     step: int,
     informative: bool,
@@ -109,27 +118,33 @@ def update(
     documents = response_documents(
         [t.sample for t in trajectories],
         [t.advantage for t in trajectories],
-        objective.normalization,
+        objective,
         constant,
     )
     length = row_length(cfg, documents)
-    documents = add_logprobs(documents, "ref_logprobs", reference, length, temperature)
+    if reference is not None:
+        documents, _ = add_logprobs(documents, "ref_logprobs", reference, length, temperature)
+    metrics: dict[str, Any] = {}
+    if objective.needs_old:
+        documents, entropies = add_logprobs(documents, "old_logprobs", policy, length, temperature)
+        if objective.kl_in_reward:
+            documents, metrics = subtract_kl(documents, trajectories, cfg)
+        if objective.selects_tokens:
+            random = np.random.default_rng([cfg.seed, Stream.SELECTED_TOKENS, step])
+            documents = with_selected_tokens(documents, entropies, objective, random)
     num_updates = objective.updates_per_rollout
-    on_policy = num_updates == 1
-    if not on_policy:
-        documents = add_logprobs(documents, "old_logprobs", policy, length, temperature)
-    loss = grpo_loss(objective, on_policy=on_policy, gap_threshold=cfg.rollout.gap_threshold)
+    loss = policy_loss(objective, on_policy=num_updates == 1, gap_threshold=cfg.rollout.gap_threshold)
     lr = learning_rate(cfg.optimizer, step, cfg.train.num_steps)
     results = []
     for part in deal(documents, num_updates, cfg.seed, step):
-        rows = pack(part, length)
+        rows = pack(with_entropy_weights(part) if objective.entropy_mean == "token" else part, length)
         if informative:
             result = policy.train_step(rows, loss, lr, temperature=temperature, with_entropy=True)
             check(step, result, rows, temperature)
         else:
             result = policy.evaluate(rows, loss, temperature=temperature, with_entropy=True)
         results.append(result)
-    return {**update_metrics(results), "lr": lr}
+    return {**metrics, **update_metrics(results), "lr": lr}
 
 
 def deal(documents: Sequence[Document], num_updates: int, seed: int, step: int) -> list[list[Document]]:
@@ -149,11 +164,40 @@ def row_length(cfg: RLConfig, documents: Sequence[Document]) -> int:
 
 def add_logprobs(
     documents: Sequence[Document], name: str, engine: Engine, length: int, temperature: float
-) -> list[Document]:
-    """The documents with the log-probs of their targets under `engine` as extra `name`."""
+) -> tuple[list[Document], list[np.ndarray]]:
+    """The documents with the log-probs of their targets under `engine` as extra `name`, and the entropies of
+    each."""
     rows: list[PackedRow] = pack(documents, length)
-    values = engine.forward(rows, temperature=temperature)[0]
-    return with_extra(documents, name, unpack(rows, list(values), documents))
+    logprobs, entropies = (
+        unpack(rows, list(values), documents)
+        for values in engine.forward(rows, temperature=temperature, with_entropy=True)
+    )
+    return with_extra(documents, name, logprobs), entropies
+
+
+def subtract_kl(
+    documents: Sequence[Document], trajectories: Sequence[Trajectory], cfg: RLConfig
+) -> tuple[list[Document], dict[str, Any]]:
+    """The documents with the advantages of rewards from which kl_coef times the answer's KL estimate is
+    subtracted, and the mean of these as metric `reward_kl`."""
+    kl = [
+        float(
+            kl_estimate(
+                torch.from_numpy(d.extras["old_logprobs"] - d.extras["ref_logprobs"])[d.loss_mask].double(),
+                cfg.objective.kl_estimator,
+            ).sum()
+        )
+        for d in documents
+    ]
+    shape = (-1, cfg.rollout.group_size)
+    rewards = np.array([t.reward.total for t in trajectories]) - cfg.objective.kl_coef * np.array(kl)
+    lengths = np.array([t.sample.num_tokens for t in trajectories])
+    groups = advantages_of(rewards.reshape(shape), lengths.reshape(shape), cfg.objective)
+    values = [
+        np.where(d.loss_mask, advantage, 0.0)
+        for d, advantage in zip(documents, groups.advantages.ravel(), strict=True)
+    ]
+    return with_extra(documents, "advantages", values), {"reward_kl": float(np.mean(kl))}
 
 
 def update_metrics(results: Sequence[StepResult]) -> dict[str, Any]:
@@ -162,21 +206,12 @@ def update_metrics(results: Sequence[StepResult]) -> dict[str, Any]:
     and trainer agree."""
     totals = {name: sum(r.sums[name] for r in results) for name in results[0].sums}
     num_tokens = max(totals["num_tokens"], 1.0)
-    per_token = (
-        "entropy",
-        "kl_old",
-        "kl_ref",
-        "ratio",
-        "clipped_low",
-        "clipped_high",
-        "dual_clipped",
-        "logprob_gap",
-    )
+    others = ("num_tokens", "max_logprob_gap", "logprob_far", "rollout_weight", "rollout_weight_squared")
     weight, squared = totals["rollout_weight"], totals["rollout_weight_squared"]
     return {
         "loss": float(np.mean([r.loss for r in results])),
         "grad_norm": float(np.mean([r.grad_norm for r in results])),
-        **{name: totals[name] / num_tokens for name in per_token},
+        **{name: total / num_tokens for name, total in totals.items() if name not in others},
         "max_logprob_gap": max(r.sums["max_logprob_gap"] for r in results),
         "logprob_far_share": totals["logprob_far"] / num_tokens,
         "effective_sample_share": weight**2 / max(squared * num_tokens, 1e-12),

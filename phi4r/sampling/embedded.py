@@ -28,8 +28,9 @@ from torch import Tensor
 
 from phi4r.core.console import say
 from phi4r.core.errors import UserError
+from phi4r.models.head import HeadRequest
 from phi4r.models.kv_cache import BLOCK, KVCache
-from phi4r.models.packed import HeadRequest, PackedContext
+from phi4r.models.packed import PackedContext
 from phi4r.parallel.attempt import beat
 from phi4r.sampling.types import Completion, OnAnswer, PromptBatch, SampleRequest, SamplingOptions, Span
 from phi4r.train.engine import Engine
@@ -370,16 +371,16 @@ class EmbeddedEngine:
             position_ids=positions_T.to(device),
             num_tokens=len(ids_T),
             host_bounds=bounds.tolist(),
-            head=HeadRequest(logits_at=logits_at.to(device)),
             kv_cache=cache,
         )
+        request = HeadRequest(logits_at=logits_at.to(device))
         ids = ids_T.to(device)[None]
         models = self.engine.models
         output = None
         for model in models:
             if not model.pre_process:
                 model.set_input_tensor(self._receive(len(ids_T), output if self.layout.pp == 1 else None))
-            output = model(ids, context)
+            output = model(ids, context, request)
             if not model.post_process and self.layout.pp > 1:
                 dist.send(output.contiguous(), self.layout.next_stage)
         return output if models[-1].post_process else None

@@ -24,36 +24,40 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from phi4r_kernels.linear_loss import LinearLossResult, LossSpec
+from phi4r_kernels.linear_loss import FusedLoss, LinearLossResult, Objective, cross_entropy
 from torch import Tensor
 
 from phi4r.configs.sections import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from phi4r.data.balance import my_share
 from phi4r.data.packing import PackedRow
 from phi4r.models.gpt import DecoderModel, build_model
-from phi4r.models.packed import HeadRequest, PackedContext
+from phi4r.models.head import HeadRequest, LossRequest
+from phi4r.models.packed import PackedContext
 from phi4r.parallel import zigzag
 from phi4r.parallel.attempt import beat
 from phi4r.parallel.layout import Layout
 from phi4r.train.optimizer import megatron_settings
 
 RowTensors = dict[str, Tensor]
-"""`loss_mask` and the extras of a row, each [T local] fp32."""
+"""The arrays of a row and its extras, each [T local]: int64 ids, and fp32 `loss_mask` and extras."""
 
 
 @dataclass(frozen=True)
 class TokenLoss:
     """The loss of a row: what the head minimises, and what is counted and reported beside it.
 
-    spec: the loss of a token. terms: row tensors -> the per-token arguments of `linear_loss` by name,
-    weights_T among them; sequences_T is added where the ratio is of sequences, documents being the sequences.
-    report: (the head's result, row tensors) -> (integer count, values: sums, or maxima of non-negative values
-    under names that begin with "max_"); without gradients.
+    objective: the loss of each token. weights: name of the row tensor with their weights; terms: names of
+    those that the objective reads. report: (the head's result, row tensors) -> (integer count, values: sums,
+    or maxima of non-negative values under names that begin with "max_"); without gradients. reads_sequences:
+    the objective's sequences are the documents. fused: the same objective in the fused kernel's terms.
     """
 
-    spec: LossSpec
-    terms: Callable[[RowTensors], dict[str, Tensor]]
+    objective: Objective
+    weights: str
     report: Callable[[LinearLossResult, RowTensors], tuple[Tensor, dict[str, Tensor]]]
+    terms: tuple[str, ...] = ()
+    reads_sequences: bool = False
+    fused: FusedLoss | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def _sft_report(result: LinearLossResult, row: RowTensors) -> tuple[Tensor, dict
     return row["loss_mask"].sum(), {"loss": result.loss.detach()}
 
 
-sft_loss = TokenLoss(LossSpec(), lambda row: {"weights_T": row["loss_mask"]}, _sft_report)
+sft_loss = TokenLoss(cross_entropy, "loss_mask", _sft_report)
 """Cross-entropy: minus the sum of the targets' log-probs, and the number of targets."""
 
 
@@ -227,8 +231,10 @@ class Engine:
             return values_2T
 
         def forward_step(batches: Iterator[PackedRow], model: Any) -> tuple[Tensor, Any]:
-            context, ids = self._context(next(batches), temperature, with_entropy, masked)
-            return model(ids, context), collect
+            ids, context, tensors = self._inputs(next(batches))
+            select_T = tensors["loss_mask"] > 0 if masked else None
+            request = self._request(tensors, temperature, with_entropy, select_T=select_T)
+            return model(ids, context, request), collect
 
         self._run_schedule(forward_step, [padded[i] for i in mine], length, backward=False, collect=True)
         if self.layout.reports:
@@ -250,8 +256,8 @@ class Engine:
             padded.append(empty_row(rows[0]))
         return padded, my_share(padded, self.layout.dp, self.layout.dp_rank)
 
-    def _tensors(self, row: PackedRow) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """This CP rank's (input_ids, labels, position_ids, {loss_mask, extras}) of a row, on the device."""
+    def _tensors(self, row: PackedRow) -> RowTensors:
+        """This CP rank's input_ids, labels, position_ids, loss_mask and extras of a row, on the device."""
         layout = self.layout
         index = zigzag.local_index(int(row.cu_seqlens[-1]), layout.cp, layout.cp_rank)
         placed: dict[str, Tensor] = getattr(row, "placed", {})
@@ -262,49 +268,48 @@ class Engine:
             array = row.extras[name] if name in row.extras else getattr(row, name)
             return torch.from_numpy(array[index.numpy()]).to(layout.device, non_blocking=True)
 
-        masks = {name: local(name) for name in ("loss_mask", *row.extras)}
-        return local("input_ids"), local("labels"), local("position_ids"), masks
+        names = ("input_ids", "labels", "position_ids", "loss_mask", *row.extras)
+        return {name: local(name) for name in names}
 
-    def _context(
-        self,
-        row: PackedRow,
-        temperature: float,
-        with_entropy: bool,
-        masked: bool = True,
-        loss: TokenLoss | None = None,
-    ) -> tuple[PackedContext, Tensor]:
+    def _inputs(self, row: PackedRow) -> tuple[Tensor, PackedContext, RowTensors]:
+        """(input ids [1, T local], what attention needs, the row's tensors)."""
         beat()
-        ids, labels, positions, tensors = self._tensors(row)
+        tensors = self._tensors(row)
         cu_seqlens = torch.from_numpy(row.cu_seqlens).to(self.layout.device)
-        terms = {} if loss is None else loss.terms(tensors)
-        if loss is not None and loss.spec.ratio == "sequence":
-            index = zigzag.local_index(int(row.cu_seqlens[-1]), self.layout.cp, self.layout.cp_rank)
-            terms["sequences_T"] = torch.searchsorted(cu_seqlens[1:], index.to(cu_seqlens), right=True)
-        head = HeadRequest(
-            labels_T=labels,
-            select_T=tensors["loss_mask"] > 0 if masked else None,
-            temperature=temperature,
-            chunk_size=self.train.logit_chunk_size,
-            with_entropy=with_entropy,
-            elementwise=self.train.head_backend,
-            loss=None if loss is None else loss.spec,
-            terms=terms,
-        )
         context = PackedContext(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_kv=cu_seqlens,
             max_seqlen_q=row.max_seqlen,
             max_seqlen_kv=row.max_seqlen,
-            position_ids=positions,
+            position_ids=tensors["position_ids"],
             num_tokens=int(row.cu_seqlens[-1]),
             cp=self.layout.cp,
             cp_rank=self.layout.cp_rank,
             host_bounds=row.cu_seqlens.tolist(),
-            head=head,
         )
-        context.tensors = tensors
-        return context, ids[None]
+        return tensors["input_ids"][None], context, tensors
+
+    def _request(
+        self, tensors: RowTensors, temperature: float, with_entropy: bool, **options: Any
+    ) -> HeadRequest:
+        return HeadRequest(
+            labels_T=tensors["labels"],
+            temperature=temperature,
+            chunk_size=self.train.logit_chunk_size,
+            with_entropy=with_entropy,
+            backend=self.train.head_backend,
+            **options,
+        )
+
+    def _loss_request(self, loss: TokenLoss, context: PackedContext, tensors: RowTensors) -> LossRequest:
+        """What the head minimises over a row; the documents are the objective's sequences."""
+        sequences_T = None
+        if loss.reads_sequences:
+            bounds = context.cu_seqlens_q
+            sequences_T = torch.searchsorted(bounds[1:], context.query_index().to(bounds), right=True)
+        terms = {name: tensors[name] for name in loss.terms}
+        return LossRequest(loss.objective, tensors[loss.weights], terms, sequences_T, loss.fused)
 
     def _run(
         self,
@@ -319,14 +324,16 @@ class Engine:
         padded, mine = self._share(rows)
 
         def forward_step(batches: Iterator[PackedRow], model: Any) -> tuple[Tensor, Any]:
-            context, ids = self._context(next(batches), temperature, with_entropy, loss=loss)
+            ids, context, tensors = self._inputs(next(batches))
+            wanted = self._loss_request(loss, context, tensors)
+            request = self._request(tensors, temperature, with_entropy, loss=wanted)
 
             def loss_func(result: LinearLossResult) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
                 with torch.no_grad():
-                    count, sums = loss.report(result, context.tensors)
+                    count, sums = loss.report(result, tensors)
                 return result.loss, count.int(), {**sums, "_loss": result.loss.detach(), "_count": count}
 
-            return model(ids, context), loss_func
+            return model(ids, context, request), loss_func
 
         length = int(rows[0].cu_seqlens[-1])
         reports = self._run_schedule(forward_step, [padded[i] for i in mine], length, backward=backward)

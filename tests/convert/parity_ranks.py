@@ -12,7 +12,8 @@ from torch import Tensor
 
 from phi4r.configs.sections import ParallelConfig
 from phi4r.models.gpt import build_model
-from phi4r.models.packed import HeadRequest, PackedContext
+from phi4r.models.head import HeadRequest
+from phi4r.models.packed import PackedContext
 from phi4r.parallel.layout import init_layout
 from phi4r.train.checkpoint import load_model
 from phi4r.train.folders import read_model_config
@@ -37,14 +38,13 @@ def logits_of(folder: Path, parallel: ParallelConfig, ids: Tensor) -> Tensor | N
             max_seqlen_kv=length,
             position_ids=torch.arange(length),
             num_tokens=length,
-            head=HeadRequest(logits_at=torch.arange(length)),
         )
 
         def collect(logits_TV: Tensor, non_loss_data: bool = False) -> Tensor:
             outputs.append(logits_TV)
             return logits_TV
 
-        return model(ids[None], context), collect
+        return model(ids[None], context, HeadRequest(logits_at=torch.arange(length))), collect
 
     get_forward_backward_func()(
         forward_step_func=forward_step,

@@ -7,10 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from phi4r_kernels.linear_loss import LossSpec
 from torch import Tensor
 
-from tests.kernels.linear_loss_reference import Batch, assert_within_budget, call, gradients, make_batch
+from tests.kernels.linear_loss_reference import (
+    Batch,
+    LossSpec,
+    assert_within_budget,
+    call,
+    gradients,
+    make_batch,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -57,13 +63,13 @@ def ours(batch: Batch, spec: LossSpec, **options: Any) -> list[Tensor]:
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_values_and_gradients_stay_within_the_budget(spec: LossSpec, vocab: int, dtype: torch.dtype) -> None:
     batch = cuda_batch(96, 256, vocab, dtype)
-    assert_within_budget(ours(batch, spec, chunk_size=40, elementwise="triton"), batch, spec, 1.0, False)
+    assert_within_budget(ours(batch, spec, chunk_size=40, backend="triton"), batch, spec, 1.0, False)
 
 
 def test_steps_and_the_fused_kernel_agree_and_rerun_bit_for_bit() -> None:
     """A race of the gradient with the logits whose memory it takes would show in some of the runs."""
-    from phi4r_kernels import linear_loss_torch as plain
-    from phi4r_kernels import linear_loss_triton as kernels
+    from phi4r_kernels.linear_loss import elementwise_torch as plain
+    from phi4r_kernels.linear_loss import elementwise_triton as kernels
 
     count = 600  # several rows for every SM
     random = torch.Generator("cuda").manual_seed(1)
@@ -71,21 +77,26 @@ def test_steps_and_the_fused_kernel_agree_and_rerun_bit_for_bit() -> None:
     targets = torch.randint(0, PHI4, (count,), generator=random, device="cuda")
     terms = torch.rand(5, count, generator=random, device="cuda") - 12
     stats = kernels.logit_stats(logits, targets, 1.0, True)
-    values = kernels.token_values(stats[None], terms, POLICY, 1.0, False)
-    expected = plain.logit_grad(logits.clone(), targets, values, 1.0, torch.float32, True)
+    logprob, entropy, largest, log_sum = plain.combine(stats[None], 1.0)
+    fused = POLICY.objective()[1]
+    assert fused is not None
+    values, _ = kernels.loss_and_grad(logits.clone(), targets, terms, fused, 1.0, False, torch.float32)
+    torch.testing.assert_close(values[:2], torch.stack([logprob, entropy]), rtol=1e-5, atol=1e-5)
+    points = torch.stack([largest, log_sum, entropy, *values[3:]])
+    expected = plain.logit_grad(logits.clone(), targets, points, 1.0, torch.float32, True)
     first = None
     for _ in range(10):
-        found, fused = kernels.loss_and_grad(
-            logits.clone(), targets, terms, POLICY, 1.0, False, torch.bfloat16
+        found, joined = kernels.loss_and_grad(
+            logits.clone(), targets, terms, fused, 1.0, False, torch.bfloat16
         )
-        steps = kernels.logit_grad(logits.clone(), targets, values, 1.0, torch.bfloat16, True)
+        steps = kernels.logit_grad(logits.clone(), targets, points, 1.0, torch.bfloat16, True)
         torch.testing.assert_close(found, values, rtol=1e-5, atol=1e-5)
-        for grad in (fused, steps):
+        for grad in (joined, steps):
             error = (grad.float() - expected).abs()
             assert (error <= expected.abs() * (2**-8 + 1e-4) + 1e-12).all()
         if first is not None:
-            assert torch.equal(first, fused)
-        first = fused.clone()
+            assert torch.equal(first, joined)
+        first = joined.clone()
 
 
 def test_the_whole_call_reruns_bit_for_bit() -> None:
@@ -110,11 +121,15 @@ def test_memory_is_a_chunk_of_logits_and_the_gradients() -> None:
 
 
 def test_torch_compile_sees_through_the_operators() -> None:
-    from phi4r_kernels import linear_loss_triton as kernels
+    from phi4r_kernels.linear_loss import elementwise_triton as kernels
+
+    fused = POLICY.objective()[1]
+    assert fused is not None
 
     def both(logits: Tensor, targets: Tensor, terms: Tensor) -> Tensor:
         stats = kernels.logit_stats(logits * 2, targets, 1.0, True)
-        return kernels.token_values(stats[None], terms, POLICY, 1.0, False) + 1
+        values, _ = kernels.loss_and_grad(logits * 2, targets, terms, fused, 1.0, False, torch.float32)
+        return stats.sum() + values
 
     arguments = (
         torch.randn(8, 500, device="cuda"),

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from phi4r_kernels.linear_loss import LossSpec
 from torch import Tensor
 
 from tests.kernels.linear_loss_reference import (
     Batch,
+    LossSpec,
     assert_within_budget,
     call,
     gradients,
@@ -33,13 +33,13 @@ def batch_of(dtype: torch.dtype) -> Batch:
     return made.to(dtype)
 
 
-def share_vocabulary(batch: Batch, spec: LossSpec, elementwise: str) -> list[Tensor]:
+def share_vocabulary(batch: Batch, spec: LossSpec, backend: str) -> list[Tensor]:
     """What `measured` gives, each rank holding half of the rows of the weight."""
     rank, size = dist.get_rank(), batch.weight.size(0) // 2
     mine = batch.weight.detach()[rank * size : (rank + 1) * size].clone().requires_grad_()
     shard = replace(batch, weight=mine)
     result = call(
-        shard, spec, temperature=0.8, chunk_size=4, elementwise=elementwise, vocab_start=rank * size,
+        shard, spec, temperature=0.8, chunk_size=4, backend=backend, vocab_start=rank * size,
         group=dist.group.WORLD,
     )  # fmt: skip
     grad_hidden, grad_weight = gradients(result.loss, shard)

@@ -1,6 +1,6 @@
 """The linear loss written out: whole logits, autograd, and ratios of sequences one sequence at a time.
 
-Shares no code with `phi4r_kernels`. Run in float64 it is the reference; in float32 it shows what rounding
+`written_out` shares no code with `phi4r_kernels` and `phi4r.objectives`. Run in float64 it is the reference; in float32 it shows what rounding
 costs a plain implementation, from which budgets are derived.
 """
 
@@ -10,8 +10,36 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from phi4r_kernels.linear_loss import LinearLossResult, LossSpec, linear_loss
+from phi4r_kernels.linear_loss import FusedLoss, LinearLossResult, Objective, cross_entropy, linear_loss
 from torch import Tensor
+
+from phi4r.configs.sections import ObjectiveConfig
+from phi4r.objectives.objective import PolicyObjective
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """A loss of these tests: the cross-entropy, or the objective of these settings."""
+
+    kind: str = "cross_entropy"
+    surrogate: str = "clip"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float = 0.0
+    kl_coef: float = 0.0
+    kl_reference: Any = "old"
+    kl_estimator: Any = "k3"
+    entropy_coef: float = 0.0
+    importance_cap: float = 0.0
+    ratio: Any = "token"
+
+    def objective(self) -> tuple[Objective, FusedLoss | None]:
+        """As the head takes it, and as the fused kernel has it."""
+        if self.kind == "cross_entropy":
+            return cross_entropy, FusedLoss()
+        settings = {name: value for name, value in vars(self).items() if name != "kind"}
+        made = PolicyObjective.make(ObjectiveConfig(**settings))
+        return made, made.fused
 
 
 @dataclass(frozen=True)
@@ -103,10 +131,15 @@ def written_out(
 
 def call(batch: Batch, spec: LossSpec, *, on_policy: bool = False, **options: Any) -> LinearLossResult:
     """`linear_loss` of a batch."""
+    objective, fused = spec.objective()
+    terms = {"advantages": batch.advantages, "ref_logprobs": batch.ref, "rollout_logprobs": batch.rollout}
+    if not on_policy:
+        terms["old_logprobs"] = batch.old
+    sequences_T = batch.sequences if spec.kind == "policy" and spec.ratio == "sequence" else None
+    options = dict(with_entropy=True, sequences_T=sequences_T) | options
     return linear_loss(
-        batch.hidden, batch.weight, batch.targets, batch.weights, spec=spec, advantages_T=batch.advantages,
-        old_logprobs_T=None if on_policy else batch.old, ref_logprobs_T=batch.ref,
-        rollout_logprobs_T=batch.rollout, sequences_T=batch.sequences, with_entropy=True, **options,
+        batch.hidden, batch.weight, batch.targets, batch.weights, objective=objective, fused=fused,
+        terms=terms, **options,
     )  # fmt: skip
 
 

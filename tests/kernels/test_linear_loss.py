@@ -10,13 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from phi4r_kernels import linear_loss_torch as plain
-from phi4r_kernels.linear_loss import LossSpec, linear_logprobs, linear_loss
+from phi4r_kernels.linear_loss import FusedLoss, Tokens, linear_logprobs, linear_loss
+from phi4r_kernels.linear_loss import elementwise_torch as plain
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.kernels.linear_loss_reference import (
     Batch,
+    LossSpec,
     assert_within_budget,
     call,
     gradients,
@@ -41,7 +42,7 @@ EVERYTHING = LossSpec(
 )  # fmt: skip
 GSPO = replace(EVERYTHING, ratio="sequence")
 # Every option in every combination.
-OPTIONS = [LossSpec(), LossSpec(entropy_coef=0.1)] + [
+OPTIONS = [LossSpec()] + [
     LossSpec(
         kind="policy", clip_low=0.2, clip_high=0.28, dual_clip=dual, kl_coef=kl_coef, kl_reference=reference,
         kl_estimator=estimator, entropy_coef=entropy, importance_cap=cap, ratio=ratio,
@@ -92,12 +93,6 @@ def test_every_combination_of_options_equals_autograd_on_whole_logits(on_policy:
     for spec in OPTIONS:
         found = ours(batch, spec, on_policy, temperature=0.8, chunk_size=7)
         expected = measured(batch, spec, 0.8, on_policy)
-        if spec.kind == "cross_entropy" and spec.entropy_coef:
-            w, entropy = batch.weights, written_out(batch, spec, 0.8)[2]
-            bonus = -(spec.entropy_coef * w * entropy).sum()
-            expected[0] = expected[0] + bonus.detach()
-            extra = gradients(bonus, batch)
-            expected[3:] = [a + b for a, b in zip(expected[3:], extra, strict=True)]
         assert_equal_in_float64(found, expected)
 
 
@@ -131,7 +126,7 @@ def test_ratios_of_sequences_are_right_wherever_chunks_end(chunk: int) -> None:
         [value for i, value in enumerate(measured(batch, GSPO, 1.0, False)) if i not in (1, 2)],
     )
     means = [(found.logprobs_T - batch.old)[batch.sequences == i].mean() for i in range(3)]
-    assert_equal_in_float64([found.log_ratio_T], [torch.stack(means)[batch.sequences]])
+    assert_equal_in_float64([found.metrics["ratio"]], [torch.stack(means).exp()[batch.sequences]])
 
 
 def test_the_upstream_gradient_scales_and_backward_runs_once() -> None:
@@ -156,16 +151,16 @@ def test_only_the_gradients_that_are_needed_are_made() -> None:
         assert torch.equal(found, both[7 - index])
 
 
-@pytest.mark.parametrize("elementwise", ["torch", "triton"])
-def test_without_gradients_the_values_are_the_same_and_nothing_requires_grad(elementwise: str) -> None:
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_without_gradients_the_values_are_the_same_and_nothing_requires_grad(backend: str) -> None:
     batch = make_batch(9, 4, 37, dtype=torch.float32).to(torch.float32)
-    with_grad = call(batch, EVERYTHING, elementwise=elementwise)
+    with_grad = call(batch, EVERYTHING, backend=backend)
     with torch.no_grad():
-        without = call(batch, EVERYTHING, elementwise=elementwise)
+        without = call(batch, EVERYTHING, backend=backend)
     assert with_grad.loss.requires_grad
     assert not without.loss.requires_grad
     assert not with_grad.loss_T.requires_grad
-    for a, b in zip(with_grad, without, strict=True):
+    for a, b in zip(with_grad[:4], without[:4], strict=True):
         # Fused and in steps, exp and log are not the same function in the interpreter to the last bit.
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
@@ -196,14 +191,14 @@ def test_logprobs_of_selected_tokens_are_those_of_the_loss() -> None:
     ("spec", "on_policy"),
     [
         (LossSpec(), False),
-        (LossSpec(entropy_coef=0.1), False),
+        (LossSpec(kind="policy", surrogate="cispo", kl_coef=0.3, kl_reference="ref"), False),
         (replace(EVERYTHING, kl_reference="old", kl_estimator="k1", importance_cap=0.0), False),
         (replace(EVERYTHING, kl_estimator="k2", dual_clip=0.0), False),
         (EVERYTHING, False),
         (EVERYTHING, True),
         (GSPO, False),
     ],
-    ids=["cross-entropy", "entropy", "k1", "k2", "everything", "on-policy", "gspo"],
+    ids=["cross-entropy", "cispo", "k1", "k2", "everything", "on-policy", "gspo"],
 )
 def test_the_kernels_stay_within_the_budget_of_a_plain_implementation(
     spec: LossSpec, on_policy: bool, dtype: torch.dtype
@@ -212,11 +207,7 @@ def test_the_kernels_stay_within_the_budget_of_a_plain_implementation(
     batch = replace(
         batch, **{n: v.to(torch.float32) for n, v in vars(batch).items() if v.dim() == 1 and n not in IDS}
     )
-    if spec.kind == "cross_entropy" and spec.entropy_coef:
-        # The reference has no such option; as a policy loss without advantages it is the same bonus.
-        batch = replace(batch, advantages=torch.zeros_like(batch.advantages))
-        spec = replace(spec, kind="policy")
-    found = ours(batch, spec, on_policy, temperature=0.8, chunk_size=5, elementwise="triton")
+    found = ours(batch, spec, on_policy, temperature=0.8, chunk_size=5, backend="triton")
     assert found[3].dtype == dtype
     assert_within_budget(found, batch, spec, 0.8, on_policy)
 
@@ -229,50 +220,74 @@ IDS = ("targets", "sequences")
 def test_the_kernels_take_any_shape(num_tokens: int, vocab: int, dim: int, seed: int) -> None:
     batch = make_batch(num_tokens, dim, vocab, seed, dtype=torch.float32).to(torch.float32)
     batch = replace(batch, weights=batch.weights + 0.1)
-    found = ours(batch, EVERYTHING, chunk_size=4, elementwise="triton")
+    found = ours(batch, EVERYTHING, chunk_size=4, backend="triton")
     assert_within_budget(found, batch, EVERYTHING, 1.0, False)
 
 
-def values_of(spec: LossSpec, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Statistics [2, 4, C] of two ranks and terms [5, C], some with ratios beyond MAX_LOG_RATIO."""
-    random = torch.Generator().manual_seed(seed)
-    count = 150
-    stats = torch.rand(2, 4, count, generator=random) + 0.1
-    stats[:, 0] *= 9
-    stats[1, 3] = 0
-    terms = torch.randn(5, count, generator=random)
-    terms[2:] = stats[:, 3].sum(0) - stats[:, 0].amax(0) + 0.5 * terms[2:]
-    terms[2:, :9] = torch.tensor([-70.0, 70.0, -22.0])[:, None]
-    return stats, terms
+def by_autograd(spec: LossSpec, logits: Tensor, terms: Tensor, on_policy: bool) -> Tensor:
+    """[5, C] of target 0 at temperature 0.8: log-prob, entropy, the objective's loss, and its derivatives by
+    both from autograd. terms [5, C]: weights, advantages, old, reference and rollout log-probs."""
+    logp_CV = (logits / 0.8).log_softmax(-1)
+    logprob, entropy = logp_CV[:, 0].clone(), -(logp_CV.exp() * logp_CV).sum(-1)
+    leaves = [value.requires_grad_() for value in (logprob, entropy)]
+    weights, advantages, old, ref, rollout = terms
+    loss, _ = spec.objective()[0](
+        Tokens(
+            policy_logprobs=logprob, entropy=entropy, weights=weights, advantages=advantages,
+            old_logprobs=logprob.detach() if on_policy else old, ref_logprobs=ref, rollout_logprobs=rollout,
+        )
+    )  # fmt: skip
+    slopes = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
+    slopes = [torch.zeros_like(loss) if slope is None else slope for slope in slopes]
+    return torch.stack([logprob, entropy, loss, *slopes]).detach()
 
 
 @pytest.mark.parametrize("on_policy", [False, True], ids=["off_policy", "on_policy"])
 @pytest.mark.proves(
-    "The head's Triton kernels equal its torch code, with every option", how="in Triton's interpreter"
+    "The fused kernel's loss and derivatives are those of the torch objective, with every option",
+    how="autograd in float64, the kernel in Triton's interpreter",
 )
-def test_the_kernels_loss_of_a_token_is_the_references_for_every_combination(on_policy: bool) -> None:
-    from phi4r_kernels import linear_loss_triton as kernels
+def test_the_fused_loss_of_a_token_is_autograd_of_the_objective(on_policy: bool) -> None:
+    from phi4r_kernels.linear_loss import elementwise_triton as kernels
 
-    for spec in (s for s in OPTIONS if s.ratio == "token"):
-        stats, terms = values_of(spec)
-        found = kernels.token_values(stats, terms, spec, 0.8, on_policy)
-        exact = plain.token_values(stats.double(), terms.double(), spec, 0.8, on_policy)
-        eager = plain.token_values(stats, terms, spec, 0.8, on_policy)
-        for row in range(8):
+    random = torch.Generator().manual_seed(0)
+    count = 60
+    logits, terms = torch.randn(count, 5, generator=random), torch.randn(5, count, generator=random)
+    terms[2:] = (logits / 0.8).log_softmax(-1)[:, 0] + 0.5 * terms[2:]
+    terms[2:, :9] = torch.tensor([-70.0, 70.0, -22.0])[:, None]  # ratios beyond MAX_LOG_RATIO
+    targets = torch.zeros(count, dtype=torch.int64)
+    fused_specs = [spec for spec in OPTIONS if spec.objective()[1] is not None]
+    assert len(fused_specs) == 57
+    for spec in fused_specs:
+        fused = spec.objective()[1]
+        assert fused is not None
+        found, _ = kernels.loss_and_grad(logits.clone(), targets, terms, fused, 0.8**-1, on_policy, logits.dtype)
+        exact = by_autograd(spec, logits.double(), terms.double(), on_policy)
+        eager = by_autograd(spec, logits, terms, on_policy)
+        for row in range(5):
             budget = 2 * (eager[row] - exact[row]).abs() + 1e-5 * exact[row].abs() + 1e-6
             assert ((found[row] - exact[row]).abs() <= budget).all(), (spec, row)
 
 
-def test_the_kl_of_nearby_policies_does_not_cancel() -> None:
-    from phi4r_kernels import linear_loss_triton as kernels
+def test_only_what_the_fused_kernel_states_is_fused() -> None:
+    assert EVERYTHING.objective()[1] == FusedLoss(
+        policy=True, clip_low=0.2, clip_high=0.28, dual_clip=1.5, kl_coef=0.3, kl_reference="ref",
+        entropy_coef=0.1, importance_cap=1.2,
+    )  # fmt: skip
+    for change in (dict(ratio="sequence"), dict(surrogate="cispo", dual_clip=0.0)):
+        assert replace(EVERYTHING, **change).objective()[1] is None
 
-    spec = LossSpec(kind="policy", kl_coef=1.0)
+
+def test_the_kl_of_nearby_policies_does_not_cancel() -> None:
+    from phi4r_kernels.linear_loss import elementwise_triton as kernels
+
     d = torch.logspace(-5, 1, 61)
-    stats = torch.zeros(1, 4, len(d))
-    stats[0, 1] = 1.0  # log-prob 0
     terms = torch.zeros(5, len(d))
-    terms[plain.WEIGHT], terms[plain.OLD] = 1.0, -d
-    found = kernels.token_values(stats, terms, spec, 1.0, False)[plain.LOSS]
+    terms[0], terms[2] = 1.0, -d
+    logits = torch.zeros(len(d), 1)  # log-prob 0
+    fused = FusedLoss(policy=True, kl_coef=1.0)
+    targets = torch.zeros(len(d), dtype=torch.int64)
+    found = kernels.loss_and_grad(logits, targets, terms, fused, 1.0, False, torch.float32)[0][2]
     exact = torch.expm1(-d.double()) + d.double()
     assert ((found - exact).abs() <= 4 * torch.finfo(torch.float32).eps * exact).all()
 
@@ -281,7 +296,7 @@ def test_the_kl_of_nearby_policies_does_not_cancel() -> None:
 @pytest.mark.parametrize("vocab", [2 * 8192 + 77, 5])
 @pytest.mark.parametrize("low", [False, True], ids=["fp32", "bf16"])
 def test_rows_longer_than_a_block_and_gradients_over_the_logits_memory(vocab: int, low: bool) -> None:
-    from phi4r_kernels import linear_loss_triton as kernels
+    from phi4r_kernels.linear_loss import elementwise_triton as kernels
 
     random = torch.Generator().manual_seed(2)
     logits = 3 * torch.randn(3, vocab, generator=random)
@@ -289,56 +304,56 @@ def test_rows_longer_than_a_block_and_gradients_over_the_logits_memory(vocab: in
     stats = kernels.logit_stats(logits, targets, 1.25, True)
     torch.testing.assert_close(stats, plain.logit_stats(logits, targets, 1.25, True), rtol=2e-6, atol=1e-6)
     terms = torch.rand(5, 3, generator=random)
-    values = plain.token_values(stats[None].double(), terms.double(), EVERYTHING, 1.25, True)
     dtype = torch.bfloat16 if low else torch.float32
-    expected = plain.logit_grad(logits.double().clone(), targets, values, 1.25, torch.float64, True)
     one, other = logits.clone(), logits.clone()
-    steps = kernels.logit_grad(one, targets, values.to(torch.float32), 1.25, dtype, True)
-    fused_values, fused = kernels.loss_and_grad(other, targets, terms, EVERYTHING, 1.25, True, dtype)
+    fused_loss = EVERYTHING.objective()[1]
+    assert fused_loss is not None
+    values, fused = kernels.loss_and_grad(other, targets, terms, fused_loss, 1.25, True, dtype)
+    logprob, entropy, largest, log_sum = plain.combine(stats[None].double(), 1.25)
+    torch.testing.assert_close(values[:2], torch.stack([logprob, entropy]).float(), rtol=1e-5, atol=1e-5)
+    points = torch.stack([largest, log_sum, entropy, *values[3:].double()])
+    expected = plain.logit_grad(logits.double().clone(), targets, points, 1.25, torch.float64, True)
+    steps = kernels.logit_grad(one, targets, points.to(torch.float32), 1.25, dtype, True)
     assert steps.data_ptr() == one.data_ptr()
     assert fused.dtype == dtype
     for found in (steps, fused):
         # A rounding of the result, and exponents of up to 30 that are right to an ulp.
         error = (found.double() - expected).abs()
         assert (error <= expected.abs() * (torch.finfo(dtype).eps / 2 + 1e-5) + 1e-12).all()
-    torch.testing.assert_close(fused_values, values.to(torch.float32), rtol=1e-5, atol=1e-5)
 
 
 def test_a_row_does_not_depend_on_its_chunk() -> None:
-    from phi4r_kernels import linear_loss_triton as kernels
+    from phi4r_kernels.linear_loss import elementwise_triton as kernels
 
     random = torch.Generator().manual_seed(4)
     logits, terms = torch.randn(5, 300, generator=random), torch.rand(5, 5, generator=random)
     targets = torch.arange(5)
-    values, grads = kernels.loss_and_grad(
-        logits.clone(), targets, terms, EVERYTHING, 1.0, False, torch.float32
-    )
-    for i in range(5):
-        row = slice(i, i + 1)
-        alone = kernels.loss_and_grad(
-            logits[row].clone(),
-            targets[row],
-            terms[:, row].contiguous(),
-            EVERYTHING,
-            1.0,
-            False,
-            torch.float32,
+    fused = EVERYTHING.objective()[1]
+    assert fused is not None
+
+    def both(rows: slice) -> tuple[Tensor, Tensor]:
+        return kernels.loss_and_grad(
+            logits[rows].clone(), targets[rows], terms[:, rows].contiguous(), fused, 1.0, False, logits.dtype
         )
+
+    values, grads = both(slice(None))
+    for i in range(5):
+        alone = both(slice(i, i + 1))
         assert torch.equal(alone[0][:, 0], values[:, i])
         assert torch.equal(alone[1][0], grads[i])
 
 
 def test_operators_agree_with_their_fake_kernels() -> None:
-    from phi4r_kernels import linear_loss_triton as kernels
+    from phi4r_kernels.linear_loss import elementwise_triton as kernels
 
     logits, targets, terms = torch.randn(3, 40), torch.arange(3), torch.rand(5, 3)
-    values = kernels.token_values(torch.rand(1, 4, 3), terms, EVERYTHING, 1.0, False)
-    numbers, flags = kernels._numbers(EVERYTHING), kernels._flags(EVERYTHING, False)
+    fused = EVERYTHING.objective()[1]
+    assert fused is not None
+    numbers, flags = kernels._numbers(fused), kernels._flags(fused, False)
     checks = ("test_schema", "test_faketensor")
     for operator, arguments in (
         (kernels._stats_op, (logits, targets, 1.0, True)),
-        (kernels._values_op, (torch.rand(1, 4, 3), terms, 1.0, numbers, flags)),
-        (kernels._grad_op, (logits, targets, values, 1.0, False, True)),
+        (kernels._grad_op, (logits, targets, torch.rand(5, 3), 1.0, False, True)),
         (kernels._loss_and_grad_op, (logits, targets, terms, 1.0, True, numbers, flags)),
     ):
         torch.library.opcheck(operator, arguments, test_utils=checks)
@@ -347,9 +362,9 @@ def test_operators_agree_with_their_fake_kernels() -> None:
 # --- what may be anything, what is never held, what it costs
 
 
-@pytest.mark.parametrize("elementwise", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("spec", [LossSpec(), EVERYTHING, GSPO], ids=["ce", "everything", "gspo"])
-def test_tokens_without_weight_may_hold_anything(elementwise: str, spec: LossSpec) -> None:
+def test_tokens_without_weight_may_hold_anything(backend: str, spec: LossSpec) -> None:
     batch = make_batch(11, 4, 19, 1, dtype=torch.float32, sequence_lengths=[5, 6]).to(torch.float32)
     off = batch.weights == 0
     assert off.any()
@@ -358,33 +373,35 @@ def test_tokens_without_weight_may_hold_anything(elementwise: str, spec: LossSpe
     poison["hidden"] = batch.hidden.detach().where(~off[:, None], nan).requires_grad_()
     poison["targets"] = batch.targets.where(~off, -100)
     clean, poisoned = (
-        ours(b, spec, chunk_size=4, elementwise=elementwise) for b in (batch, replace(batch, **poison))
+        ours(b, spec, chunk_size=4, backend=backend) for b in (batch, replace(batch, **poison))
     )
     for a, b in zip(clean, poisoned, strict=True):
         assert torch.equal(a, b)
     assert not poisoned[3][off].any()
 
 
-@pytest.mark.parametrize("elementwise", ["torch", "triton"])
-def test_a_nan_in_a_token_that_counts_is_not_lost(elementwise: str) -> None:
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_nan_in_a_token_that_counts_is_not_lost(backend: str) -> None:
     batch = make_batch(6, 4, 19, dtype=torch.float32).to(torch.float32)
     batch = replace(batch, weights=torch.ones(6))
     for name in ("old", "ref", "advantages", "rollout"):
         bad = replace(batch, **{name: getattr(batch, name).index_fill(0, torch.tensor([2]), float("nan"))})
-        assert call(bad, EVERYTHING, elementwise=elementwise).loss.isnan(), name
+        assert call(bad, EVERYTHING, backend=backend).loss.isnan(), name
     hidden = batch.hidden.detach().index_fill(0, torch.tensor([2]), float("inf"))
-    assert not call(replace(batch, hidden=hidden), EVERYTHING, elementwise=elementwise).loss.isfinite()
+    assert not call(replace(batch, hidden=hidden), EVERYTHING, backend=backend).loss.isfinite()
 
 
-@pytest.mark.parametrize("elementwise", ["torch", "triton"])
-def test_large_logits_do_not_overflow(elementwise: str) -> None:
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_large_logits_do_not_overflow(backend: str) -> None:
     hidden = torch.full((2, 7), 1e3, requires_grad=True)
     weight = torch.linspace(-1, 1, 23)[:, None].expand(23, 7).contiguous()
+    objective = LossSpec(kind="policy", entropy_coef=0.1).objective()[0]
+    terms = {"advantages": torch.ones(2)}
     result = linear_loss(
-        hidden, weight, torch.tensor([22, 0]), torch.ones(2), spec=LossSpec(entropy_coef=0.1),
-        elementwise=elementwise,
+        hidden, weight, torch.tensor([22, 0]), torch.ones(2), objective=objective, terms=terms,
+        with_entropy=True, backend=backend,
     )  # fmt: skip
-    assert all(value.isfinite().all() for value in result)
+    assert all(value.isfinite().all() for value in result[:4])
     assert result.logprobs_T[0] == 0
     assert result.logprobs_T[1] < -1e4
     assert torch.autograd.grad(result.loss, hidden)[0].isfinite().all()
@@ -416,14 +433,14 @@ def test_gemms_are_three_for_a_step_one_without_gradients_and_four_for_sequences
     assert gemm_flops(GSPO, 12, [6, 18], both, 24) == 3.75, "only the long one goes through twice"
 
 
-@pytest.mark.parametrize("elementwise", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.proves("The head never holds logits of all tokens", how="largest allocation of torch, profiled")
-def test_no_full_logits_are_ever_held(elementwise: str) -> None:
+def test_no_full_logits_are_ever_held(backend: str) -> None:
     num_tokens, vocab, chunk = 256, 4096, 64
     batch = make_batch(num_tokens, 8, vocab, dtype=torch.float32).to(torch.float32)
     batch = replace(batch, weights=torch.ones(num_tokens))
     with torch.profiler.profile(profile_memory=True) as profile:
-        call(batch, EVERYTHING, chunk_size=chunk, elementwise=elementwise).loss.backward()
+        call(batch, EVERYTHING, chunk_size=chunk, backend=backend).loss.backward()
     largest = max(event.cpu_memory_usage for event in profile.events() if event.name.startswith("aten"))
     assert largest <= 4 * vocab * chunk * 1.01  # a chunk of fp32 logits, 1 MiB, of 4 MiB
 
@@ -436,29 +453,20 @@ def test_shapes_and_options_that_disagree_are_refused() -> None:
     good = dict(
         hidden_TD=batch.hidden, weight_VD=batch.weight, targets_T=batch.targets, weights_T=batch.weights
     )
-    policy = LossSpec(kind="policy")
+    policy, _ = LossSpec(kind="policy").objective()
     for change, message in (
         (dict(hidden_TD=batch.hidden[:, :3]), r"\(5, 3\) and weight \(9, 4\)"),
         (dict(hidden_TD=batch.hidden.to(torch.float32)), "float32 and weight torch.float64"),
         (dict(targets_T=batch.targets[:3]), r"targets has shape \(3,\) for 5 tokens"),
-        (dict(spec=policy), "advantages_T is missing"),
-        (dict(spec=policy, advantages_T=batch.advantages[:1]), r"advantages has shape \(1,\)"),
+        (dict(terms={"advantages": batch.advantages[:1]}), r"advantages has shape \(1,\)"),
         (dict(temperature=0.0), "positive"),
         (dict(chunk_size=0), "positive"),
-        (dict(elementwise="cuda"), "'cuda'"),
+        (dict(backend="cuda"), "'cuda'"),
+        (dict(objective=lambda tokens: (tokens.policy_logprobs.sum(), {})), r"loss has shape \(\) for"),
+        (dict(objective=lambda tokens: (-tokens.sequence_mean(tokens.weights), {})), "sequences_T"),
     ):
         with pytest.raises(ValueError, match=message):
-            linear_loss(**{**good, "spec": LossSpec(), **change})
-    needs = dict(advantages_T=batch.advantages, weights_T=torch.ones(5))
-    for spec, name in (
-        (replace(policy, kl_coef=0.1, kl_reference="ref"), "ref_logprobs_T"),
-        (replace(policy, importance_cap=2.0), "rollout_logprobs_T"),
-        (replace(policy, ratio="sequence"), "sequences_T"),
-    ):
-        with pytest.raises(ValueError, match=f"{name} is missing"):
-            linear_loss(**{**good, **needs, "spec": spec})
-    mixed = dict(spec=replace(policy, ratio="sequence"), sequences_T=torch.tensor([0, 1, 0, 1, 1]))
+            linear_loss(**{**good, **change})
+    needs = dict(weights_T=torch.ones(5), terms={"advantages": batch.advantages}, objective=policy)
     with pytest.raises(ValueError, match="must not decrease"):
-        linear_loss(**{**good, **needs, **mixed})
-    with pytest.raises(ValueError, match="'mean'"):
-        LossSpec(ratio="mean")  # type: ignore[arg-type]
+        linear_loss(**{**good, **needs, "sequences_T": torch.tensor([0, 1, 0, 1, 1])})

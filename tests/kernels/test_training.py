@@ -18,7 +18,7 @@ from phi4r.configs.sections import ModelConfig, ObjectiveConfig, OptimizerConfig
 from phi4r.data.packing import Document, PackedRow, pack
 from phi4r.models.names import load_weights, random_weights
 from phi4r.parallel.layout import init_layout
-from phi4r.rl.batch import grpo_loss
+from phi4r.rl.batch import policy_loss
 from phi4r.train.engine import Engine, StepResult, TokenLoss, sft_loss
 
 STEPS, VOCAB, ROW = 3, 320, 48
@@ -65,7 +65,7 @@ def train(head: Any, attention: Any, loss: TokenLoss) -> list[StepResult]:
 
 @pytest.mark.parametrize(
     "loss",
-    [sft_loss, grpo_loss(OBJECTIVE, on_policy=False), grpo_loss(OBJECTIVE, on_policy=True)],
+    [sft_loss, policy_loss(OBJECTIVE, on_policy=False), policy_loss(OBJECTIVE, on_policy=True)],
     ids=["sft", "grpo", "grpo on-policy"],
 )
 @pytest.mark.proves(

@@ -17,20 +17,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from phi4r_kernels.linear_loss import LinearLossResult
 from torch import Tensor
 
 from phi4r.configs.sections import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from phi4r.convert.live import export_live, hand_over, whole_weights
 from phi4r.data.packing import Document, PackedRow, pack
+from phi4r.models.head import LossRequest
 from phi4r.models.huggingface import HFWeights
 from phi4r.models.names import load_weights, random_weights
 from phi4r.models.packed import PackedContext
 from phi4r.parallel.layout import init_layout
-from phi4r.rl.batch import grpo_loss
+from phi4r.rl.batch import policy_loss
 from phi4r.sampling.embedded import EmbeddedEngine
 from phi4r.sampling.types import Completion, SampleRequest, SamplingOptions
 from phi4r.sampling.vllm.transfer import Snapshot
-from phi4r.train.engine import Engine, TokenLoss, sft_loss
+from phi4r.train.engine import Engine, RowTensors, TokenLoss, sft_loss
 
 STEPS, ROWS, LENGTH, VOCAB = 5, 4, 64, 64
 MODEL = ModelConfig(
@@ -148,26 +150,30 @@ def rows(packed: bool, step: int) -> list[PackedRow]:
         documents = trial
 
 
-def averaged_per_microbatch() -> TokenLoss:
+class AveragesPerMicrobatch(Engine):
     """The classic bug: a mean per microbatch, then a mean of means."""
-    return TokenLoss(
-        sft_loss.spec,
-        lambda row: {"weights_T": row["loss_mask"] / row["loss_mask"].sum().clamp(min=1)},
-        lambda result, row: (torch.ones_like(row["loss_mask"].sum()), {"loss": result.loss.detach()}),
-    )
+
+    def _loss_request(self, loss: TokenLoss, context: PackedContext, tensors: RowTensors) -> LossRequest:
+        request = super()._loss_request(loss, context, tensors)
+        weights_T = request.weights_T
+        return replace(request, weights_T=weights_T / weights_T.sum().clamp(min=1))
+
+
+def count_of_one(result: LinearLossResult, row: RowTensors) -> tuple[Tensor, dict[str, Tensor]]:
+    return torch.ones_like(row["loss_mask"].sum()), {"loss": result.loss.detach()}
 
 
 class LosesDocuments(Engine):
     """The other classic bug: stages between the first and the last see one long document."""
 
-    def _context(self, *args: Any, **kwargs: Any) -> tuple[PackedContext, Tensor]:
-        context, ids = super()._context(*args, **kwargs)
+    def _inputs(self, row: PackedRow) -> tuple[Tensor, PackedContext, RowTensors]:
+        ids, context, tensors = super()._inputs(row)
         if 0 < self.layout.pp_rank < self.layout.pp - 1:
             context.cu_seqlens_q = context.cu_seqlens_kv = torch.tensor(
                 [0, context.num_tokens], dtype=torch.int32
             )
             context.position_ids = torch.arange(context.num_tokens)
-        return context, ids
+        return ids, context, tensors
 
 
 def train(case: Case) -> dict[str, list[float]]:
@@ -175,7 +181,11 @@ def train(case: Case) -> dict[str, list[float]]:
     parallel = ParallelConfig(**case.parallel)
     layout = init_layout(parallel)
     model = replace(MODEL, dtype=case.dtype, num_layers=case.num_layers)  # type: ignore[arg-type]
-    kind = LosesDocuments if case.bug == "middle_stages_lose_cu_seqlens" else Engine
+    kinds = {
+        "middle_stages_lose_cu_seqlens": LosesDocuments,
+        "loss_averaged_per_microbatch": AveragesPerMicrobatch,
+    }
+    kind = kinds.get(case.bug, Engine)
     settings = TrainConfig(recompute=case.recompute, logit_chunk_size=24)  # type: ignore[arg-type]
     engine = kind(model, parallel, layout, settings, OPTIMIZER)
     load_weights(engine.models, model, random_weights(model, 7), layout.tp_rank, layout.tp)
@@ -186,9 +196,9 @@ def train(case: Case) -> dict[str, list[float]]:
             kl_reference="ref", kl_coef=0.1, entropy_coef=0.05, dual_clip=3.0, importance_cap=2.0,
             ratio="token" if case.loss == "grpo" else "sequence",
         )  # fmt: skip
-        loss = grpo_loss(objective, on_policy=False)
+        loss = policy_loss(objective, on_policy=False)
     elif case.bug == "loss_averaged_per_microbatch":
-        loss = averaged_per_microbatch()
+        loss = replace(sft_loss, report=count_of_one)
     losses, norms = [], []
     for step in range(STEPS):
         result = engine.train_step(

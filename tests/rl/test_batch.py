@@ -13,9 +13,9 @@ from torch import Tensor
 from phi4r.configs.sections import ModelConfig, ObjectiveConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from phi4r.data.packing import Document, pack, unpack
 from phi4r.models.names import from_mcore, load_weights, local_weights, random_weights
-from phi4r.objectives.grpo import Normalization
+from phi4r.objectives.terms import Normalization
 from phi4r.parallel.layout import init_layout
-from phi4r.rl.batch import grpo_loss, response_documents, with_extra
+from phi4r.rl.batch import policy_loss, response_documents, with_extra
 from phi4r.sampling.types import Sample
 from phi4r.train.engine import Engine, StepResult
 
@@ -47,7 +47,8 @@ def samples() -> list[Sample]:
 
 
 def documents(normalization: Normalization) -> list[Document]:
-    return response_documents(samples(), ADVANTAGES, normalization, CONSTANT)
+    settings = ObjectiveConfig(normalization=normalization)
+    return response_documents(samples(), ADVANTAGES, settings, CONSTANT)
 
 
 # --- what rows carry
@@ -214,7 +215,7 @@ def step(
     made = add(made, "rollout_logprobs", [sample.logprobs for sample in samples()])
     if old is not None:
         made = add(made, "old_logprobs", old)
-    loss = grpo_loss(objective, on_policy=old is None)
+    loss = policy_loss(objective, on_policy=old is None)
     result = engine.train_step(pack(made, ROW), loss, 0.0, temperature=temperature, with_entropy=True)
     gradients = {
         weight.hf: from_mcore(weight, parameter.main_grad).double().clone()

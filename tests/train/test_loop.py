@@ -7,24 +7,32 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from phi4r_kernels.linear_loss import LossSpec
+from phi4r_kernels.linear_loss import Tokens
 from torch import Tensor
 
 from phi4r.cli.main import main
-from phi4r.configs.sections import CheckpointConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from phi4r.configs.sections import (
+    CheckpointConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+)
 from phi4r.configs.stages import SFTConfig
 from phi4r.core.errors import UserError
 from phi4r.data.packing import Document, PackedRow, pack
 from phi4r.data.tokenizer import Tokenizer
 from phi4r.models.names import load_weights, random_weights
+from phi4r.objectives.objective import PolicyObjective
 from phi4r.parallel.layout import init_layout
 from phi4r.train.engine import Engine, StepResult, TokenLoss, sft_loss
 from phi4r.train.loop import RunState, TrainingLoop, open_loop
@@ -72,30 +80,26 @@ def same_bits(one: list[Tensor], other: list[Tensor]) -> bool:
 # --- gradients that are not finite
 
 
-def bad_loss(spec: LossSpec, **terms: Callable[[Tensor], Tensor]) -> TokenLoss:
-    """A loss whose per-token arguments are functions of the loss mask."""
-    return TokenLoss(
-        spec, lambda row: {name: of(row["loss_mask"]) for name, of in terms.items()}, sft_loss.report
-    )
+def nan(tokens: Tokens) -> tuple[Tensor, dict[str, Tensor]]:
+    return tokens.policy_logprobs * float("nan"), {}
 
 
-def alternating(mask_T: Tensor) -> Tensor:
-    return torch.where(torch.arange(len(mask_T)) % 2 == 0, 1.0, -1.0)
+def infinite_sum(tokens: Tokens) -> tuple[Tensor, dict[str, Tensor]]:
+    """Each token's loss is finite and clipped, so that it has no gradient; their sum is beyond fp32."""
+    advantages = torch.full_like(tokens.weights, -2e38)
+    old = torch.full_like(tokens.weights, -100.0)
+    return OBJECTIVE(replace(tokens, advantages=advantages, old_logprobs=old))
 
 
-nan_loss = bad_loss(LossSpec(), weights_T=lambda mask_T: mask_T * float("nan"))
-# Each token's loss is finite and clipped, so that it has no gradient; their sum is beyond fp32.
-infinite_loss = bad_loss(
-    LossSpec(kind="policy", dual_clip=1.5),
-    weights_T=lambda mask_T: mask_T,
-    advantages_T=lambda mask_T: torch.full_like(mask_T, -2e38),
-    old_logprobs_T=lambda mask_T: torch.full_like(mask_T, -100.0),
-)
-# The advantages nearly cancel in the loss; in the gradient's norm their squares are beyond fp32.
-infinite_gradient = bad_loss(
-    LossSpec(kind="policy"),
-    weights_T=lambda mask_T: mask_T,
-    advantages_T=lambda mask_T: 1e36 * alternating(mask_T),
+def infinite_slopes(tokens: Tokens) -> tuple[Tensor, dict[str, Tensor]]:
+    """The advantages nearly cancel in the loss; in the gradient's norm their squares are beyond fp32."""
+    signs = torch.where(torch.arange(len(tokens.weights)) % 2 == 0, 1.0, -1.0)
+    return OBJECTIVE(replace(tokens, advantages=1e36 * signs))
+
+
+OBJECTIVE = PolicyObjective.make(ObjectiveConfig(dual_clip=1.5, kl_coef=0.0, entropy_coef=0.0))
+nan_loss, infinite_loss, infinite_gradient = (
+    replace(sft_loss, objective=objective) for objective in (nan, infinite_sum, infinite_slopes)
 )
 
 

@@ -1,11 +1,11 @@
-"""The elementwise half of the linear loss as Triton kernels; formulas and row names in `linear_loss_torch`.
+"""The elementwise steps of the linear loss as Triton kernels; formulas in `elementwise_torch`.
 
 Shapes: C tokens of a chunk, V this rank's slice of the vocabulary, R ranks that share it. A program owns
 whole rows of logits, so no sum depends on the order of programs.
 
 Bytes per logit, fp32 logits and bf16 gradients: 4 read for the statistics, 4 read and 2 written for the
-gradient; memory bounds all of it (at 2.25 exponentials a logit). Without tensor parallelism one kernel does
-both passes, and its grid of one program per SM is meant to keep the rows in flight in L2 (132 x 401 KB at
+gradient; memory bounds all of it (at 2.25 exponentials a logit). For a `FusedLoss` without tensor
+parallelism one kernel does both passes, and its grid of one program per SM is meant to keep the rows in flight in L2 (132 x 401 KB at
 V = 100,352), so that the second read seldom reaches HBM.
 
 The gradient goes over the logits' memory. bf16 gradients of fp32 logits take the first half of their row:
@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phi4r_kernels.linear_loss_torch import MAX_LOG_RATIO, LossSpec
+from phi4r_kernels.linear_loss.tokens import MAX_LOG_RATIO, FusedLoss
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -34,7 +34,6 @@ BOUND = tl.constexpr(MAX_LOG_RATIO)
 # Below any logit; finite, so that (NOTHING - NOTHING) and 0 * NOTHING are 0 and not NaN.
 NOTHING = tl.constexpr(-1.0e30)
 DEPTH = tl.constexpr(4)
-TOKENS = 128
 
 
 # --- kernels
@@ -135,33 +134,28 @@ def _kl(d, KL: tl.constexpr):
 
 @triton.jit
 def _token_loss(
-    logprob, entropy, terms, terms_stride, at, inside,
+    logprob, entropy, terms, terms_stride, at,
     clip_low, clip_high, dual_clip, kl_coef, entropy_coef, importance_cap,
-    POLICY: tl.constexpr, ON_POLICY: tl.constexpr, CISPO: tl.constexpr, DUAL: tl.constexpr,
-    KL: tl.constexpr, KL_TO_REF: tl.constexpr, CAPPED: tl.constexpr, ENTROPY_LOSS: tl.constexpr,
+    POLICY: tl.constexpr, ON_POLICY: tl.constexpr, DUAL: tl.constexpr, KL: tl.constexpr,
+    KL_TO_REF: tl.constexpr, CAPPED: tl.constexpr, ENTROPY_LOSS: tl.constexpr,
 ):  # fmt: skip
-    """(l, log ratio, dl / d logprob, dl / d entropy) of the token or tokens `at`."""
-    weight = tl.load(terms + at, mask=inside, other=0.0)
+    """(w l, its derivatives by log-prob and entropy) of the token `at`, for a `FusedLoss`."""
+    weight = tl.load(terms + at)
     loss = -weight * logprob
     coef = -weight
-    log_ratio = logprob * 0.0
     if POLICY:
-        advantage = tl.load(terms + terms_stride + at, mask=inside, other=0.0)
+        advantage = tl.load(terms + terms_stride + at)
         old = logprob
         if not ON_POLICY:
-            old = tl.load(terms + 2 * terms_stride + at, mask=inside, other=0.0)
+            old = tl.load(terms + 2 * terms_stride + at)
         log_ratio, moving = _bounded(logprob - old)
         ratio = tl.exp(log_ratio)
         low = 1.0 - clip_low
         high = 1.0 + clip_high
         plain = ratio * advantage
         clipped = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio)) * advantage
-        if CISPO:
-            value = clipped * logprob
-            slope = clipped
-        else:
-            value = tl.where(plain < clipped, plain, clipped)
-            slope = tl.where(((ratio >= low) & (ratio <= high)) | (plain < clipped), plain, 0.0) * moving
+        value = tl.where(plain < clipped, plain, clipped)
+        slope = tl.where(((ratio >= low) & (ratio <= high)) | (plain < clipped), plain, 0.0) * moving
         if DUAL:
             bound = dual_clip * advantage
             stopped = (advantage < 0) & (value < bound)
@@ -169,7 +163,7 @@ def _token_loss(
             slope = tl.where(stopped, 0.0, slope)
         pull = -weight
         if CAPPED:
-            rollout = tl.load(terms + 4 * terms_stride + at, mask=inside, other=0.0)
+            rollout = tl.load(terms + 4 * terms_stride + at)
             importance = tl.exp(_bounded(old - rollout)[0])
             pull = pull * tl.where(importance > importance_cap, importance_cap, importance)
         loss = pull * value
@@ -177,7 +171,7 @@ def _token_loss(
         if KL > 0:
             held = log_ratio
             if KL_TO_REF:
-                ref = tl.load(terms + 3 * terms_stride + at, mask=inside, other=0.0)
+                ref = tl.load(terms + 3 * terms_stride + at)
                 held, moving = _bounded(logprob - ref)
             kl, kl_slope = _kl(held, KL)
             loss += weight * kl_coef * kl
@@ -185,22 +179,7 @@ def _token_loss(
     by_entropy = -weight * entropy_coef
     if ENTROPY_LOSS:
         loss += by_entropy * entropy
-    return loss, log_ratio, coef, by_entropy
-
-
-@triton.jit
-def _store_values(
-    values, count, at, inside, logprob, entropy, loss, log_ratio, m, log_sum, coef, entropy_coef
-):  # fmt: skip
-    """One column (or several) of the [8, C] rows that `linear_loss_torch` names."""
-    tl.store(values + at, logprob, mask=inside)
-    tl.store(values + count + at, entropy, mask=inside)
-    tl.store(values + 2 * count + at, loss, mask=inside)
-    tl.store(values + 3 * count + at, log_ratio, mask=inside)
-    tl.store(values + 4 * count + at, m, mask=inside)
-    tl.store(values + 5 * count + at, log_sum, mask=inside)
-    tl.store(values + 6 * count + at, coef, mask=inside)
-    tl.store(values + 7 * count + at, entropy_coef, mask=inside)
+    return loss, coef, by_entropy
 
 
 @triton.jit
@@ -227,53 +206,17 @@ def _stats_kernel(
 
 
 @triton.jit
-def _values_kernel(
-    stats, terms, values, count, num_ranks, terms_stride, scale,
-    clip_low, clip_high, dual_clip, kl_coef, entropy_coef, importance_cap,
-    POLICY: tl.constexpr, ON_POLICY: tl.constexpr, CISPO: tl.constexpr, DUAL: tl.constexpr,
-    KL: tl.constexpr, KL_TO_REF: tl.constexpr, CAPPED: tl.constexpr, ENTROPY_LOSS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """stats [R, 4, C] to values [8, C], BLOCK tokens a program."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    m = tl.full([BLOCK], NOTHING, tl.float32)
-    for rank in range(0, num_ranks):
-        m = tl.maximum(m, tl.load(stats + rank * 4 * count + at, mask=inside, other=0.0))
-    total = tl.zeros([BLOCK], tl.float32)
-    weighted = tl.zeros([BLOCK], tl.float32)
-    target = tl.zeros([BLOCK], tl.float32)
-    for rank in range(0, num_ranks):
-        part = stats + rank * 4 * count + at
-        shift = (tl.load(part, mask=inside, other=0.0) - m) * scale
-        share = tl.exp(shift)
-        part_total = tl.load(part + count, mask=inside, other=1.0)
-        total += share * part_total
-        weighted += share * (tl.load(part + 2 * count, mask=inside, other=0.0) + shift * part_total)
-        target += tl.load(part + 3 * count, mask=inside, other=0.0)
-    log_sum = tl.log(total)
-    logprob = (target - m) * scale - log_sum
-    entropy = log_sum - weighted / total
-    loss, log_ratio, coef, by_entropy = _token_loss(
-        logprob, entropy, terms, terms_stride, at, inside,
-        clip_low, clip_high, dual_clip, kl_coef, entropy_coef, importance_cap,
-        POLICY, ON_POLICY, CISPO, DUAL, KL, KL_TO_REF, CAPPED, ENTROPY_LOSS,
-    )  # fmt: skip
-    _store_values(values, count, at, inside, logprob, entropy, loss, log_ratio, m, log_sum, coef, by_entropy)
-
-
-@triton.jit
 def _grad_kernel(
-    logits, grads, targets, values, count, size, stride, grad_stride, scale,
+    logits, grads, targets, points, count, size, stride, grad_stride, scale,
     ENTROPY: tl.constexpr, OVERLAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Row `program_id` of logits [C, V] to its gradient, with the derivatives of values [8, C]."""
+    """Row `program_id` of logits [C, V] to its gradient, at the column of points [5, C]."""
     at = tl.program_id(0)
-    column = values + at
+    column = points + at
     _row_grad(
         logits + tl.cast(at, tl.int64) * stride, grads + tl.cast(at, tl.int64) * grad_stride, size,
-        tl.load(targets + at), tl.load(column + 4 * count), tl.load(column + 5 * count),
-        tl.load(column + count), tl.load(column + 6 * count), tl.load(column + 7 * count), scale,
+        tl.load(targets + at), tl.load(column), tl.load(column + count), tl.load(column + 2 * count),
+        tl.load(column + 3 * count), tl.load(column + 4 * count), scale,
         ENTROPY, OVERLAP, BLOCK,
     )  # fmt: skip
 
@@ -282,8 +225,8 @@ def _grad_kernel(
 def _loss_and_grad_kernel(
     logits, grads, targets, terms, values, count, size, stride, grad_stride, terms_stride, scale,
     clip_low, clip_high, dual_clip, kl_coef, entropy_coef, importance_cap,
-    POLICY: tl.constexpr, ON_POLICY: tl.constexpr, CISPO: tl.constexpr, DUAL: tl.constexpr,
-    KL: tl.constexpr, KL_TO_REF: tl.constexpr, CAPPED: tl.constexpr, ENTROPY_LOSS: tl.constexpr,
+    POLICY: tl.constexpr, ON_POLICY: tl.constexpr, DUAL: tl.constexpr, KL: tl.constexpr,
+    KL_TO_REF: tl.constexpr, CAPPED: tl.constexpr, ENTROPY_LOSS: tl.constexpr,
     OVERLAP: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Statistics, loss and gradient of every num_programs-th row: the whole vocabulary is on this rank."""
@@ -295,14 +238,16 @@ def _loss_and_grad_kernel(
         log_sum = tl.log(total)
         logprob = (target_logit - m) * scale - log_sum
         entropy = log_sum - weighted / total
-        loss, log_ratio, coef, by_entropy = _token_loss(
-            logprob, entropy, terms, terms_stride, at, True,
+        loss, coef, by_entropy = _token_loss(
+            logprob, entropy, terms, terms_stride, at,
             clip_low, clip_high, dual_clip, kl_coef, entropy_coef, importance_cap,
-            POLICY, ON_POLICY, CISPO, DUAL, KL, KL_TO_REF, CAPPED, ENTROPY_LOSS,
+            POLICY, ON_POLICY, DUAL, KL, KL_TO_REF, CAPPED, ENTROPY_LOSS,
         )  # fmt: skip
-        _store_values(
-            values, count, at, True, logprob, entropy, loss, log_ratio, m, log_sum, coef, by_entropy
-        )
+        tl.store(values + at, logprob)
+        tl.store(values + count + at, entropy)
+        tl.store(values + 2 * count + at, loss)
+        tl.store(values + 3 * count + at, coef)
+        tl.store(values + 4 * count + at, by_entropy)
         _row_grad(
             row, grads + tl.cast(at, tl.int64) * grad_stride, size, target,
             m, log_sum, entropy, coef, by_entropy, scale, ENTROPY_LOSS, OVERLAP, DEPTH * LANES,
@@ -352,28 +297,29 @@ def _check(logits_CV: Tensor) -> None:
     assert logits_CV.stride(1) == 1
 
 
-def _numbers(spec: LossSpec) -> list[float]:
+def _numbers(fused: FusedLoss) -> list[float]:
     return [
-        spec.clip_low, spec.clip_high, spec.dual_clip, spec.kl_coef, spec.entropy_coef, spec.importance_cap
+        fused.clip_low, fused.clip_high, fused.dual_clip, fused.kl_coef, fused.entropy_coef,
+        fused.importance_cap,
     ]  # fmt: skip
 
 
-_FLAGS = ("POLICY", "ON_POLICY", "CISPO", "DUAL", "KL", "KL_TO_REF", "CAPPED", "ENTROPY_LOSS")
+_FLAGS = ("POLICY", "ON_POLICY", "DUAL", "KL", "KL_TO_REF", "CAPPED", "ENTROPY_LOSS")
 
 
-def _flags(spec: LossSpec, on_policy: bool) -> list[int]:
-    kl = int(spec.kl_estimator[1]) if spec.kl_coef else 0
-    return [spec.kind == "policy", on_policy, spec.surrogate == "cispo", spec.dual_clip != 0, kl,
-            spec.kl_reference == "ref", spec.importance_cap > 0, spec.entropy_coef != 0]  # fmt: skip
+def _flags(fused: FusedLoss, on_policy: bool) -> list[int]:
+    kl = int(fused.kl_estimator[1]) if fused.kl_coef else 0
+    return [fused.policy, on_policy, fused.dual_clip != 0, kl, fused.kl_reference == "ref",
+            fused.importance_cap > 0, fused.entropy_coef != 0]  # fmt: skip
 
 
 def _constants(flags: Sequence[int]) -> dict[str, Any]:
     return {name: value if name == "KL" else bool(value) for name, value in zip(_FLAGS, flags, strict=True)}
 
 
-def constants_of(spec: LossSpec, on_policy: bool) -> dict[str, Any]:
+def constants_of(fused: FusedLoss, on_policy: bool) -> dict[str, Any]:
     """The constexprs that a loss compiles to."""
-    return _constants(_flags(spec, on_policy))
+    return _constants(_flags(fused, on_policy))
 
 
 def _gradient_of(logits_CV: Tensor, dtype: torch.dtype) -> Tensor:
@@ -402,42 +348,23 @@ def _(logits: Tensor, targets: Tensor, scale: float, with_entropy: bool) -> Tens
     return logits.new_empty(4, logits.size(0), dtype=torch.float32)
 
 
-@torch.library.custom_op("phi4r_kernels::linear_loss_values", mutates_args=())
-def _values_op(
-    stats: Tensor, terms: Tensor, scale: float, numbers: Sequence[float], flags: Sequence[int]
-) -> Tensor:
-    num_ranks, _, count = stats.shape
-    values = stats.new_empty(8, count)
-    if count:
-        _values_kernel[(triton.cdiv(count, TOKENS),)](
-            stats, terms, values, count, num_ranks, terms.stride(0), scale, *numbers,
-            **_constants(flags), BLOCK=TOKENS,
-        )  # fmt: skip
-    return values
-
-
-@_values_op.register_fake
-def _(stats: Tensor, terms: Tensor, scale: float, numbers: Sequence[float], flags: Sequence[int]) -> Tensor:
-    return stats.new_empty(8, stats.size(2))
-
-
 @torch.library.custom_op("phi4r_kernels::linear_loss_grad", mutates_args=("logits",))
 def _grad_op(
-    logits: Tensor, targets: Tensor, values: Tensor, scale: float, low: bool, with_entropy: bool
+    logits: Tensor, targets: Tensor, points: Tensor, scale: float, low: bool, with_entropy: bool
 ) -> None:
     count, size = logits.shape
     grads = _gradient_of(logits, torch.bfloat16 if low else logits.dtype)
     launch = launch_of(size, _arch(logits.device))
     if count:
         _grad_kernel[(count,)](
-            logits, grads, targets, values, count, size, logits.stride(0), grads.stride(0), scale,
+            logits, grads, targets, points, count, size, logits.stride(0), grads.stride(0), scale,
             ENTROPY=with_entropy, OVERLAP=grads.dtype != logits.dtype, BLOCK=launch.block,
             num_warps=launch.num_warps,
         )  # fmt: skip
 
 
 @_grad_op.register_fake
-def _(logits: Tensor, targets: Tensor, values: Tensor, scale: float, low: bool, with_entropy: bool) -> None:
+def _(logits: Tensor, targets: Tensor, points: Tensor, scale: float, low: bool, with_entropy: bool) -> None:
     return None
 
 
@@ -452,7 +379,7 @@ def _loss_and_grad_op(
     flags: Sequence[int],
 ) -> Tensor:
     count, size = logits.shape
-    values = logits.new_empty(8, count, dtype=torch.float32)
+    values = logits.new_empty(5, count, dtype=torch.float32)
     grads = _gradient_of(logits, torch.bfloat16 if low else logits.dtype)
     launch = launch_of(size, _arch(logits.device))
     if count:
@@ -474,36 +401,29 @@ def _(
     numbers: Sequence[float],
     flags: Sequence[int],
 ) -> Tensor:
-    return logits.new_empty(8, logits.size(0), dtype=torch.float32)
+    return logits.new_empty(5, logits.size(0), dtype=torch.float32)
 
 
-# --- the functions of `linear_loss_torch`, and the one that joins them
+# --- the functions of `elementwise_torch`, and the one that joins them
 
 
 def logit_stats(logits_CV: Tensor, local_C: Tensor, scale: float, with_entropy: bool) -> Tensor:
-    """`linear_loss_torch.logit_stats`."""
+    """`elementwise_torch.logit_stats`."""
     _check(logits_CV)
     return _stats_op(logits_CV, local_C, scale, with_entropy)
-
-
-def token_values(
-    stats_R4C: Tensor, terms_5C: Tensor, spec: LossSpec, scale: float, on_policy: bool
-) -> Tensor:
-    """`linear_loss_torch.token_values` with ratios of tokens."""
-    return _values_op(stats_R4C, terms_5C, scale, _numbers(spec), _flags(spec, on_policy))
 
 
 def logit_grad(
     logits_CV: Tensor,
     local_C: Tensor,
-    values_8C: Tensor,
+    points_5C: Tensor,
     scale: float,
     dtype: torch.dtype,
     with_entropy: bool,
 ) -> Tensor:
-    """`linear_loss_torch.logit_grad`, over the memory of the logits."""
+    """`elementwise_torch.logit_grad`, over the memory of the logits."""
     _check(logits_CV)
-    _grad_op(logits_CV, local_C, values_8C, scale, dtype == torch.bfloat16, with_entropy)
+    _grad_op(logits_CV, local_C, points_5C, scale, dtype == torch.bfloat16, with_entropy)
     return _gradient_of(logits_CV, dtype)
 
 
@@ -511,14 +431,18 @@ def loss_and_grad(
     logits_CV: Tensor,
     local_C: Tensor,
     terms_5C: Tensor,
-    spec: LossSpec,
+    fused: FusedLoss,
     scale: float,
     on_policy: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """All three steps in one kernel, for a vocabulary that is not cut: (values [8, C], gradient [C, V])."""
+    """All steps in one kernel, for a vocabulary that is not cut: (values [5, C], gradient [C, V]).
+
+    terms_5C: weights, advantages, and log-probs of the old, reference and rollout policies. values_5C:
+    log-prob, entropy, weighted loss, and its derivatives by log-prob and by entropy.
+    """
     _check(logits_CV)
-    values_8C = _loss_and_grad_op(
-        logits_CV, local_C, terms_5C, scale, dtype == torch.bfloat16, _numbers(spec), _flags(spec, on_policy)
-    )
-    return values_8C, _gradient_of(logits_CV, dtype)
+    low = dtype == torch.bfloat16
+    numbers, flags = _numbers(fused), _flags(fused, on_policy)
+    values_5C = _loss_and_grad_op(logits_CV, local_C, terms_5C, scale, low, numbers, flags)
+    return values_5C, _gradient_of(logits_CV, dtype)

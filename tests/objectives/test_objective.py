@@ -2,7 +2,7 @@
 option.
 
 The direct one below works response by response on scalars, as the report prints the formula; it shares no
-code with `phi4r.objectives.grpo`.
+code with `phi4r.objectives`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from phi4r_kernels.linear_loss import Tokens
 
 from phi4r.configs.sections import ObjectiveConfig
-from phi4r.objectives.grpo import Objective, formula, kl_estimate, normalization_weights, token_loss
+from phi4r.objectives.objective import PolicyObjective, formula
+from phi4r.objectives.terms import kl_estimate, normalization_weights
 
 LENGTHS = [3, 5, 1, 4]
 ADVANTAGES = [1.3, -0.8, 0.0, -1.7]
@@ -49,6 +51,16 @@ CISPO = [
     )
     for low, normalization in itertools.product((0.2, 1.0), ("token", "sequence", "constant"))
 ]  # fmt: skip
+
+
+def token_loss(policy_T, entropy_T, old_T, ref_T, advantages_T, weights_T, config, **more):
+    """(sum of the objective over tokens, its metrics summed); old_T None: strictly on-policy."""
+    tokens = Tokens(
+        policy_logprobs=policy_T, entropy=entropy_T, weights=weights_T, advantages=advantages_T,
+        old_logprobs=policy_T.detach() if old_T is None else old_T, ref_logprobs=ref_T, **more,
+    )  # fmt: skip
+    loss_T, metrics = PolicyObjective.make(config)(tokens)
+    return loss_T.sum(), {name: value.detach().sum() for name, value in metrics.items()}
 
 
 def constant(value: float) -> torch.Tensor:
@@ -160,8 +172,7 @@ def test_on_policy_equals_old_log_probs_that_are_the_policys_own() -> None:
     given, _ = our_loss(logits_TV, targets_T, own_T, ref_T, config)
     assert torch.equal(without, given)
     assert torch.equal(gradient(without, logits_TV), gradient(given, logits_TV))
-    assert metrics["ratio"] == metrics["num_tokens"] == sum(LENGTHS)
-    assert metrics["kl_old"] == 0
+    assert metrics["ratio"] == sum(LENGTHS)
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
@@ -195,27 +206,6 @@ def test_the_dual_clip_bounds_the_loss_of_a_bad_token_that_became_likely() -> No
     assert unbounded.item() == pytest.approx(2 * np.exp(6), rel=1e-15)
 
 
-def test_padding_may_hold_anything() -> None:
-    logits_TV, targets_T, old_T, ref_T = batch()
-    config = OPTIONS[-1]
-    policy_T = logits_TV.log_softmax(-1).gather(1, targets_T[:, None])[:, 0]
-    clean = [
-        policy_T,
-        policy_T.detach() * 0 + 1.0,
-        old_T,
-        ref_T,
-        torch.from_numpy(np.repeat(ADVANTAGES, LENGTHS)),
-    ]
-    weights_T = torch.ones(sum(LENGTHS), dtype=torch.float64)
-    loss, metrics = token_loss(*clean, weights_T, config)
-    junk = torch.tensor([float("nan"), float("inf"), -float("inf")], dtype=torch.float64)
-    padded = [torch.cat([values_T, junk]) for values_T in clean]
-    padded_loss, padded_metrics = token_loss(*padded, torch.cat([weights_T, torch.zeros(3)]), config)
-    assert torch.equal(loss, padded_loss)
-    assert all(torch.equal(metrics[name], padded_metrics[name]) for name in metrics)
-    assert torch.equal(gradient(loss, logits_TV), gradient(padded_loss, logits_TV))
-
-
 @pytest.mark.parametrize("normalization", ["token", "sequence", "constant"])
 def test_sums_and_counts_do_not_care_how_tokens_are_cut(normalization: str) -> None:
     logits_TV, targets_T, old_T, ref_T = batch()
@@ -239,19 +229,6 @@ def test_sums_and_counts_do_not_care_how_tokens_are_cut(normalization: str) -> N
         torch.testing.assert_close(sum(each[name] for _, each in parts), value, rtol=1e-13, atol=1e-13)
 
 
-def test_metrics_are_the_terms_of_the_loss() -> None:
-    config = ObjectiveConfig(kl_coef=0.3, kl_reference="ref", entropy_coef=0.05)
-    logits_TV, targets_T, old_T, ref_T = batch()
-    loss, metrics = our_loss(logits_TV, targets_T, old_T, ref_T, config)
-    assert_equal_to_rounding(
-        metrics["policy_loss"] + metrics["kl_loss"] + metrics["entropy_loss"], metrics["loss"]
-    )
-    assert_equal_to_rounding(metrics["loss"] / sum(LENGTHS), loss)
-    assert metrics["entropy_loss"] == pytest.approx(-0.05 * metrics["entropy"].item(), rel=1e-12)
-    assert metrics["kl_loss"] == pytest.approx(0.3 * metrics["kl_ref"].item(), rel=1e-12)
-    assert not any(value.requires_grad for value in metrics.values())
-
-
 def test_clip_counts_are_of_tokens_whose_gradient_the_clip_removed() -> None:
     logits_TV, targets_T, old_T, _ = batch()
     policy_T = logits_TV.detach().log_softmax(-1).gather(1, targets_T[:, None])[:, 0].requires_grad_()
@@ -271,42 +248,6 @@ def test_ratios_beyond_any_float_give_no_nan() -> None:
     )
     assert torch.isfinite(loss)
     assert torch.isfinite(torch.autograd.grad(loss, policy_T)[0]).all()
-
-
-def test_importance_weights_are_truncated_and_only_scale_the_surrogate() -> None:
-    logits_TV, targets_T, old_T, ref_T = batch()
-    config = replace(OPTIONS[-1], importance_cap=1.5)
-    policy_T = logits_TV.detach().log_softmax(-1).gather(1, targets_T[:, None])[:, 0]
-    ones_T, advantages_T = torch.ones_like(old_T), torch.from_numpy(np.repeat(ADVANTAGES, LENGTHS))
-    gap_T = torch.linspace(-1, 1, len(old_T), dtype=torch.float64)
-    arguments = (policy_T, ones_T, old_T, ref_T, advantages_T, ones_T)
-    _, with_weights = token_loss(*arguments, config, rollout_logprobs_T=old_T - gap_T)
-    scaled = list(arguments)
-    scaled[4] = advantages_T * gap_T.exp().clamp(max=1.5)
-    _, by_hand = token_loss(*scaled, replace(config, importance_cap=0.0))
-    assert_equal_to_rounding(with_weights["policy_loss"], by_hand["policy_loss"])
-    assert with_weights["kl_loss"] == by_hand["kl_loss"]
-    assert with_weights["entropy_loss"] == by_hand["entropy_loss"]
-    with pytest.raises(ValueError, match="importance_cap"):
-        token_loss(*arguments, config)
-
-
-def test_a_sequences_ratio_takes_the_place_of_its_tokens_in_the_surrogate_alone() -> None:
-    logits_TV, targets_T, old_T, ref_T = batch()
-    config = replace(OPTIONS[-1], ratio="sequence")
-    policy_T = logits_TV.detach().log_softmax(-1).gather(1, targets_T[:, None])[:, 0]
-    ones_T, advantages_T = torch.ones_like(old_T), torch.from_numpy(np.repeat(ADVANTAGES, LENGTHS))
-    parts = (policy_T - old_T).split(LENGTHS)
-    log_ratio_T = torch.cat([part.mean().expand(len(part)) for part in parts])
-    arguments = (policy_T, ones_T, old_T, ref_T, advantages_T, ones_T)
-    _, metrics = token_loss(*arguments, config, sequence_log_ratio_T=log_ratio_T)
-    _, of_tokens = token_loss(*arguments, replace(config, ratio="token"))
-    assert_equal_to_rounding(metrics["ratio"], log_ratio_T.exp().sum())
-    assert metrics["policy_loss"] != of_tokens["policy_loss"]
-    for name in ("kl_loss", "kl_old", "kl_ref", "abs_log_ratio"):
-        assert metrics[name] == of_tokens[name]
-    with pytest.raises(ValueError, match="sequence"):
-        token_loss(*arguments, config)
 
 
 # --- normalisation, settings and text
@@ -333,12 +274,6 @@ def test_normalization_refuses_what_it_cannot_divide_by() -> None:
         normalization_weights([3], "mean")  # type: ignore[arg-type]
 
 
-def test_a_reference_kl_without_reference_is_refused() -> None:
-    logits_TV, targets_T, old_T, _ = batch()
-    with pytest.raises(ValueError, match="ref"):
-        our_loss(logits_TV, targets_T, old_T, None, ObjectiveConfig(kl_reference="ref"))
-
-
 def test_the_formula_says_what_is_on_and_only_that() -> None:
     everything = ObjectiveConfig(clip_high=0.28, dual_clip=3.0, kl_reference="ref", normalization="sequence")
     assert formula(everything).splitlines() == [
@@ -360,7 +295,6 @@ def test_the_formula_says_what_is_on_and_only_that() -> None:
     assert formula(cispo).splitlines()[1] == (
         "s_t = clip(r_t, 0, 1.2) A_t log pi(o_t),  the clipped ratio without gradient"
     )
-    plain = Objective(PLAIN)
-    assert plain.formula().splitlines()[2:] == ["l_t = -s_t", "loss = sum_i sum_t l_t / sum_i |o_i|"]
-    assert not plain.needs_ref
-    assert Objective(everything).needs_ref
+    assert formula(PLAIN).splitlines()[2:] == ["l_t = -s_t", "loss = sum_i sum_t l_t / sum_i |o_i|"]
+    assert not PLAIN.needs_ref
+    assert everything.needs_ref

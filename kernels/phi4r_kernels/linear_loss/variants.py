@@ -5,30 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from phi4r_kernels import linear_loss_triton as kernels
 from phi4r_kernels.aot import Variant
-from phi4r_kernels.linear_loss_torch import LossSpec
+from phi4r_kernels.linear_loss import FusedLoss
+from phi4r_kernels.linear_loss import elementwise_triton as kernels
 
 VOCABULARY = 100_352
 ARCHS = (80, 90, 100)
 
 # What each name of a kernel's arguments is; the rest are fp32 numbers.
-_INTS = ("count", "size", "stride", "grad_stride", "terms_stride", "num_ranks")
-_POINTERS = {"targets": "*i64", "stats": "*fp32", "terms": "*fp32", "values": "*fp32"}
+_INTS = ("count", "size", "stride", "grad_stride", "terms_stride")
+_POINTERS = {"targets": "*i64", "stats": "*fp32", "terms": "*fp32"}
+_POINTERS |= {"values": "*fp32", "points": "*fp32"}
 _ALIGNED = ("size", "stride", "grad_stride")
 
 SPECS = {
-    "cross-entropy": (LossSpec(), False),
-    "on-policy": (LossSpec(kind="policy", kl_coef=1e-3, entropy_coef=1e-3), True),
-    "cispo": (LossSpec(kind="policy", surrogate="cispo", kl_coef=1e-3), False),
+    "cross-entropy": (FusedLoss(), False),
+    "on-policy": (FusedLoss(policy=True, kl_coef=1e-3, entropy_coef=1e-3), True),
     "all": (
-        LossSpec(
-            kind="policy",
-            dual_clip=3.0,
-            kl_coef=1e-3,
-            kl_reference="ref",
-            entropy_coef=1e-3,
-            importance_cap=2.0,
+        FusedLoss(
+            policy=True, dual_clip=3.0, kl_coef=1e-3, kl_reference="ref", entropy_coef=1e-3, importance_cap=2.0
         ),
         False,
     ),
@@ -52,8 +47,8 @@ def variants() -> Iterator[Variant]:
         stats = {"LANES": launch.lanes, "STAGES": launch.num_stages}
         for logits in ("fp32", "bf16"):
             overlap = {"OVERLAP": logits == "fp32"}
-            for name, (spec, on_policy) in SPECS.items():
-                constants = {**kernels.constants_of(spec, on_policy), **overlap, **stats}
+            for name, (fused, on_policy) in SPECS.items():
+                constants = {**kernels.constants_of(fused, on_policy), **overlap, **stats}
                 yield _variant(
                     f"loss_and_grad {name} {logits}", arch, kernels._loss_and_grad_kernel, logits, constants,
                     launch.num_warps,
@@ -68,6 +63,3 @@ def variants() -> Iterator[Variant]:
                     f"grad {tag}", arch, kernels._grad_kernel, logits,
                     {"ENTROPY": entropy, **overlap, "BLOCK": launch.block}, launch.num_warps,
                 )  # fmt: skip
-        for name, (spec, on_policy) in SPECS.items():
-            constants = {**kernels.constants_of(spec, on_policy), "BLOCK": kernels.TOKENS}
-            yield _variant(f"values {name}", arch, kernels._values_kernel, "fp32", constants, 4)
