@@ -35,7 +35,7 @@ from benchmarks.rows import RESULTS, append_rows, provenance, read_rows
 MODULES = (
     "phi4r_kernels.attention_tiles",
     "phi4r_kernels.attention_hopper",
-    "phi4r_kernels.linear_loss_variants",
+    "phi4r_kernels.linear_loss.variants",
 )
 MEASURED = (
     "registers", "num_warps", "spill_bytes", "shared_bytes", "scratch_bytes", "mma", "wgmma", "tcgen05",

@@ -7,7 +7,7 @@ entropy bonus (grpo_full), cross-entropy, or log-probs without a backward (logpr
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -286,22 +286,27 @@ def cut_cross_entropy(batch: Batch, mode: str) -> Head:
 def ours_loss(batch: Batch, mode: str, chunk_size: int = CHUNK) -> Loss:
     """One pass: logits, loss and gradients of a chunk of tokens at a time. On CPU with PyTorch's elementwise
     steps, on a GPU with ours."""
-    from phi4r_kernels.linear_loss import LossSpec, linear_loss
+    from phi4r_kernels.linear_loss import cross_entropy, linear_loss
 
-    spec, terms = LossSpec(), {}
-    if mode in ("grpo", "grpo_full"):
-        spec = LossSpec(kind="policy", clip_low=CLIP, clip_high=CLIP)
-        terms = {"advantages_T": batch.advantages, "old_logprobs_T": batch.old_logprobs}
-    if mode == "grpo_full":
-        spec = LossSpec(
-            kind="policy", clip_low=CLIP, clip_high=CLIP, kl_coef=KL_COEF, kl_reference="ref",
-            kl_estimator="k3", entropy_coef=ENTROPY_COEF,
-        )  # fmt: skip
-        terms["ref_logprobs_T"] = batch.ref_logprobs
+    from phi4r.configs.sections import ObjectiveConfig
+    from phi4r.objectives.objective import PolicyObjective
+
     weights = torch.full_like(batch.old_logprobs, 1 / batch.num_tokens)
+    arguments: dict[str, Any] = {"objective": cross_entropy}
+    if mode in ("grpo", "grpo_full"):
+        settings = ObjectiveConfig(clip_low=CLIP, clip_high=CLIP, kl_coef=0.0, entropy_coef=0.0)
+        terms = {"advantages": batch.advantages, "old_logprobs": batch.old_logprobs}
+        if mode == "grpo_full":
+            terms["ref_logprobs"] = batch.ref_logprobs
+            settings = replace(
+                settings, kl_coef=KL_COEF, kl_reference="ref", kl_estimator="k3", entropy_coef=ENTROPY_COEF
+            )
+        made = PolicyObjective.make(settings)
+        arguments = {"objective": made, "fused": made.fused, "terms": terms}
+        arguments["with_entropy"] = mode == "grpo_full"
 
     def call(x: Tensor, weight: Tensor) -> Tensor:
-        return linear_loss(x, weight, batch.targets, weights, spec=spec, chunk_size=chunk_size, **terms).loss
+        return linear_loss(x, weight, batch.targets, weights, chunk_size=chunk_size, **arguments).loss
 
     return call
 

@@ -85,15 +85,16 @@ class ObjectiveConfig:
     """Leave out the surrogate of responses of negative advantage whose tokens are less likely than when they
     were sampled by more nats than this on average (0: off)."""
     drop_truncated: bool = False
-    """Leave answers that reached the length limit out of the loss; their rewards still count in their group."""
+    """Leave answers that reached the length limit out of the loss; their rewards count in their group."""
     updates_per_rollout: int = 1
     """Optimizer steps on each set of samples. 1 is strictly on-policy and needs no second log-prob pass."""
     baseline: Literal["mean", "rloo", "opo"] = "mean"
     """What is subtracted from a reward: the group's mean, the mean of the group's others (RLOO), or the mean
     weighted by length (OPO)."""
     advantage_norm: Literal["std", "sample_std", "none", "batch", "tokens"] = "std"
-    """Divide centred rewards by the group's population or sample standard deviation, not at all (Dr. GRPO), by
-    that of the step, or shift and divide by mean and deviation over the step's tokens (REINFORCE++-baseline)."""
+    """Divide centred rewards by the group's population or sample standard deviation, not at all (Dr. GRPO),
+    by that of the step, or shift and divide by mean and deviation over the step's tokens
+    (REINFORCE++-baseline)."""
     group_keep: int = 0
     """Compare only this many samples of each group, chosen by group_filter (GFPO); the others get no
     advantage (0: compare all)."""
@@ -115,15 +116,13 @@ class ObjectiveConfig:
     @property
     def needs_old(self) -> bool:
         """Whether log-probs or entropies of the policy before the step's first update are computed apart."""
-        return self.updates_per_rollout > 1 or self.selects_tokens or (self.kl_in_reward and self.kl_coef != 0)
+        return self.updates_per_rollout > 1 or self.selects_tokens or self.kl_in_reward
 
     @property
     def reads_sequences(self) -> bool:
         """Whether the loss of a token depends on its response's other tokens."""
         correction = self.importance_cap > 0 and self.importance_level != "token"
-        return (
-            self.ratio == "sequence" or self.surrogate == "gmpo" or correction or self.off_policy_limit > 0
-        )
+        return self.ratio == "sequence" or self.surrogate == "gmpo" or correction or self.off_policy_limit > 0
 
     def __post_init__(self) -> None:
         at_least(
@@ -190,8 +189,8 @@ class ObjectiveConfig:
         require(
             not self.kl_in_reward or (self.needs_ref and not self.kl_ratio),
             "objective.kl_in_reward",
-            'needs kl_reference = "ref", kl_coef above 0 and kl_ratio = false: the reward is of samples, before'
-            " any update",
+            'needs kl_reference = "ref", kl_coef above 0 and kl_ratio = false: a reward is given before any'
+            " update",
         )
         require(
             not self.kl_ratio or self.kl_coef > 0,

@@ -42,8 +42,8 @@ class HeadRequest:
     logits exist at once; with_entropy: also entropy; backend: which kernels, as `linear_loss` takes it.
 
     loss: what to minimise; None for log-probs without gradients, of the tokens select_T (bool [T]; None: all,
-    others give zeros). logits_at: int64 [B] or None; when set, full-vocabulary logits [B, vocabulary] of these
-    tokens are returned instead.
+    others give zeros). logits_at: int64 [B] or None; when set, full-vocabulary logits [B, vocabulary] of
+    these tokens are returned instead.
     """
 
     labels_T: Tensor | None = None

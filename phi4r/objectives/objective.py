@@ -5,13 +5,13 @@ As the report prints it, with r_t = pi(o_t) / pi_old(o_t):
     J = E[ 1/G sum_i 1/|o_i| sum_t min(r_t A_i, clip(r_t, 1-eps, 1+eps) A_i) ] - beta KL(pi || pi_old) +
     gamma H(pi)
 
-Here, per token, with any of the surrogates s_t of `phi4r.objectives.surrogates` in place of the clipped ratio:
+Here, per token, with any surrogate s_t of `phi4r.objectives.surrogates` in place of the clipped ratio:
 
     l_t = -i_t s_t + beta KL_t - gamma H_t        loss = sum_t w_t l_t / count
 
-w_t and the whole number count come from `normalization_weights`; i_t corrects for a sampler that computes other
-log-probs than the trainer. Both sums are reduced over ranks before the division, so the loss never depends on
-how tokens were cut into microbatches.
+w_t and the whole number count come from `normalization_weights`; i_t corrects for a sampler that computes
+other log-probs than the trainer. Both sums are reduced over ranks before the division, so the loss never
+depends on how tokens were cut into microbatches.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from phi4r_kernels.linear_loss import FusedLoss, Tokens
 from torch import Tensor
 
@@ -127,7 +126,9 @@ def formula(settings: ObjectiveConfig) -> str:
             f" {settings.off_policy_limit:g}"
         )
     if settings.top_entropy < 1:
-        lines.append(f"s_t = 0 and H_t = 0 but for the {settings.top_entropy:g} of the tokens with the largest H_t")
+        lines.append(
+            f"s_t = 0 and H_t = 0 but for the {settings.top_entropy:g} of the tokens with the largest H_t"
+        )
     if settings.kl_coef:
         estimate = {"k1": "d_t", "k2": "d_t^2 / 2", "k3": "exp(-d_t) - 1 + d_t"}[settings.kl_estimator]
         if settings.kl_ratio:

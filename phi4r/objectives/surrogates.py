@@ -2,9 +2,9 @@
 
 A surrogate takes the tokens of a chunk (`Tokens`: vectors [C]) and the settings of section `objective`, and
 returns s_t [C] and metrics [C] by name, which are logged as means over tokens. Gradients come from autograd.
-The first paragraph of its docstring is its formula, as `phi4r rl RECIPE --explain` prints it; {low}, {high} and
-{objective.NAME} stand for the bounds of the clip and for settings. `phi4r.configs.section_objective` lists which
-settings each one reads. A surrogate of one's own is named by import path, `package.module:name`.
+The first paragraph of its docstring is its formula, as `phi4r rl RECIPE --explain` prints it; {low}, {high}
+and {objective.NAME} stand for the bounds of the clip and for settings. Which settings each one reads is in
+`phi4r.configs.section_objective`. A surrogate of one's own is named by import path, `package.module:name`.
 """
 
 from __future__ import annotations
@@ -91,8 +91,9 @@ def gmpo(tokens: Tokens, settings: ObjectiveConfig) -> Surrogate:
 
 
 def clip_cov(tokens: Tokens, settings: ObjectiveConfig) -> Surrogate:
-    """s_t = min(r_t A_t, clip(r_t, {low:g}, {high:g}) A_t), 0 for {objective.cov_share:g} of the tokens, drawn \
-from those with {objective.cov_low:g} < (A_t - mean A)(log pi(o_t) - mean log pi) < {objective.cov_high:g}
+    """s_t = min(r_t A_t, clip(r_t, {low:g}, {high:g}) A_t), 0 for {objective.cov_share:g} of the tokens, \
+drawn from those with {objective.cov_low:g} < (A_t - mean A)(log pi(o_t) - mean log pi) < \
+{objective.cov_high:g}
 
     arXiv 2505.22617: tokens that would lower the entropy most get no gradient. They are drawn before the
     step's first update.

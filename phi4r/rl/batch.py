@@ -6,8 +6,8 @@ dealt to ranks by the same code as the tokens:
     advantages, weights         A_i and w_t of `phi4r.objectives`
     counts                      what a token adds to the loss's whole-number denominator
     rollout_logprobs            the sampler's log-prob
-    old_logprobs, ref_logprobs  of the policy before the step and of the frozen reference, where they are needed
-    selected, top_entropy       1 for tokens chosen among all of the step, for the objectives that choose some
+    old_logprobs, ref_logprobs  of the policy before the step and of the frozen reference, where needed
+    selected, top_entropy       1 for tokens chosen among all of the step, for objectives that choose some
     entropy_weights             weights of the entropy, where it is averaged over tokens and the loss is not
 """
 
@@ -143,8 +143,9 @@ def policy_loss(settings: ObjectiveConfig, *, on_policy: bool, gap_threshold: fl
 
     on_policy: the weights have not moved since the step began, so the ratio is 1 by definition and no old
     log-probs are needed. Reported, each summed over tokens: the objective's metrics, `num_tokens`, `entropy`,
-    `kl_old` and `kl_ref` (both k3, the last where the row has it), and how far the sampler is from the trainer
-    at the weights before the step: `rollout_gap_sums`. Raises ConfigError for a surrogate that cannot be found.
+    `kl_old` and `kl_ref` (both k3, the last where the row has it), and how far the sampler is from the
+    trainer at the weights before the step: `rollout_gap_sums`. Raises ConfigError for a surrogate that cannot
+    be found.
     """
     objective = PolicyObjective.make(settings)
     wanted = {

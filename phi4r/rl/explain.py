@@ -10,11 +10,15 @@ from phi4r.objectives.objective import formula
 def explain(cfg: RLConfig) -> str:
     """What a step minimises: advantages from rewards, then the loss; one definition a line."""
     size, objective = cfg.rollout.group_size, cfg.objective
-    centred = f"R_i - mean(R_1 .. R_{size})"
-    if objective.group_keep:
-        centred = "R_i - mean(R kept)"
-    spread = {"std": "std(R kept)" if objective.group_keep else f"std(R_1 .. R_{size})", "none": "",
-              "batch": "std(all centred R of the step)"}[objective.advantage_norm]  # fmt: skip
+    group = "R kept" if objective.group_keep else f"R_1 .. R_{size}"
+    baseline = {"mean": f"mean({group})", "rloo": "mean(R of the group's others)",
+                "opo": "mean(R weighted by length)"}[objective.baseline]  # fmt: skip
+    centred = f"R_i - {baseline}"
+    spread = {"std": f"std({group})", "sample_std": f"sample std({group})", "none": "",
+              "batch": "std(all centred R of the step)",
+              "tokens": "sample std over the step's tokens"}[objective.advantage_norm]  # fmt: skip
+    if objective.advantage_norm == "tokens":
+        centred += " - mean over the step's tokens"
     advantage = f"({centred}) / {spread}" if spread else centred
     if objective.group_keep:
         best = {"length": "shortest", "efficiency": "best by reward per token"}[objective.group_filter]

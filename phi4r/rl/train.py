@@ -28,8 +28,8 @@ from phi4r.data.packing import Document, PackedRow, pack, unpack
 from phi4r.objectives.terms import kl_estimate
 from phi4r.parallel.layout import distributed_session, init_layout
 from phi4r.rewards.function import get_reward
-from phi4r.rl.audit import write_audit
 from phi4r.rl.advantages import advantages_of
+from phi4r.rl.audit import write_audit
 from phi4r.rl.batch import (
     policy_loss,
     response_documents,

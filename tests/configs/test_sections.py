@@ -105,7 +105,11 @@ REFUSED: list[tuple[Any, str, str]] = [
     (lambda: RewardConfig(max_tokens=10, positive_tokens=10), "reward.positive_tokens", "below"),
     (lambda: ObjectiveConfig(dual_clip=0.5), "objective.dual_clip", "greater than 1"),
     (lambda: ObjectiveConfig(clip_low=1.1), "objective.clip_low", "at most 1"),
-    (lambda: ObjectiveConfig(surrogate="cispo", dual_clip=3.0), "objective.dual_clip", "cispo does not read it"),
+    (
+        lambda: ObjectiveConfig(surrogate="cispo", dual_clip=3.0),
+        "objective.dual_clip",
+        "cispo does not read it",
+    ),
     (lambda: ObjectiveConfig(surrogate="ppo"), "objective.surrogate", "must be one of clip, cispo"),
     (lambda: ObjectiveConfig(surrogate="gmpo", ratio="sequence"), "objective.ratio", "gmpo does not read it"),
     (lambda: ObjectiveConfig(constant=8), "objective.constant", "only normalization"),

@@ -1,7 +1,7 @@
 """The linear loss written out: whole logits, autograd, and ratios of sequences one sequence at a time.
 
-`written_out` shares no code with `phi4r_kernels` and `phi4r.objectives`. Run in float64 it is the reference; in float32 it shows what rounding
-costs a plain implementation, from which budgets are derived.
+`written_out` shares no code with `phi4r_kernels` and `phi4r.objectives`. Run in float64 it is the reference;
+in float32 it shows what rounding costs a plain implementation, from which budgets are derived.
 """
 
 from __future__ import annotations

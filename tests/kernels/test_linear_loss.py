@@ -261,7 +261,9 @@ def test_the_fused_loss_of_a_token_is_autograd_of_the_objective(on_policy: bool)
     for spec in fused_specs:
         fused = spec.objective()[1]
         assert fused is not None
-        found, _ = kernels.loss_and_grad(logits.clone(), targets, terms, fused, 0.8**-1, on_policy, logits.dtype)
+        found, _ = kernels.loss_and_grad(
+            logits.clone(), targets, terms, fused, 0.8**-1, on_policy, logits.dtype
+        )
         exact = by_autograd(spec, logits.double(), terms.double(), on_policy)
         eager = by_autograd(spec, logits, terms, on_policy)
         for row in range(5):

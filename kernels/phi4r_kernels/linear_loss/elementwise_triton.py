@@ -5,8 +5,8 @@ whole rows of logits, so no sum depends on the order of programs.
 
 Bytes per logit, fp32 logits and bf16 gradients: 4 read for the statistics, 4 read and 2 written for the
 gradient; memory bounds all of it (at 2.25 exponentials a logit). For a `FusedLoss` without tensor
-parallelism one kernel does both passes, and its grid of one program per SM is meant to keep the rows in flight in L2 (132 x 401 KB at
-V = 100,352), so that the second read seldom reaches HBM.
+parallelism one kernel does both passes, and its grid of one program per SM is meant to keep the rows in
+flight in L2 (132 x 401 KB at V = 100,352), so that the second read seldom reaches HBM.
 
 The gradient goes over the logits' memory. bf16 gradients of fp32 logits take the first half of their row:
 block j is written where block j / 2 was, which all threads have read, as a barrier separates each block's

@@ -8,8 +8,8 @@ S sequences.
 The loss of a token depends on its logits only through its log-prob and entropy, so the gradient of the logits
 is known as soon as the logsumexp of their row is. Chunks of tokens go through once:
 
-    logits_CV (GEMM, fp32) -> statistics -> log-prob and entropy [C] -> the objective and, by autograd on these
-    vectors, its two derivatives [C] -> gradient, over the logits' memory
+    logits_CV (GEMM, fp32) -> statistics -> log-prob and entropy [C] -> the objective and, by autograd on
+    these vectors, its two derivatives [C] -> gradient, over the logits' memory
     -> grad_hidden = grad_CV weight (GEMM), grad_weight += grad_CV^T hidden (GEMM, fp32)
 
 and autograd's backward only multiplies by the gradient of the sum. 6 N D V FLOPs instead of the 8 N D V of
@@ -49,7 +49,7 @@ from phi4r_kernels.triton_version import untested
 
 Backend = Literal["auto", "triton", "torch"]
 
-# Rows of what is known of each token: for the caller, and the derivatives of the loss by log-prob and entropy.
+# Rows of what is known of each token; the last two are the derivatives of its loss by the first two.
 LOGPROB, ENTROPY, LOSS, COEF, ENTROPY_COEF = range(5)
 TERMS = ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs")
 
@@ -467,15 +467,15 @@ def linear_loss(
 
     hidden_TD: fp32, bf16 or fp64 [T, D]. weight_VD: the same dtype [V, D], this rank's rows of the head, the
     first of them row `vocab_start` of the vocabulary; `group` holds the ranks with the others. targets_T:
-    int64 [T], ids of the whole vocabulary. weights_T: float [T], of each token in the loss; rows of weight 0 are left
-    out of every product, and their other values may be anything, NaN included.
+    int64 [T], ids of the whole vocabulary. weights_T: float [T], of each token in the loss; rows of weight 0
+    are left out of every product, and their other values may be anything, NaN included.
 
     objective: l_t, see `Tokens` for what it reads. terms: per-token values [T] by name: "advantages",
     "old_logprobs" (missing: strictly on-policy), "ref_logprobs", "rollout_logprobs", and whatever else the
-    objective reads in `Tokens.extras`. sequences_T: for an objective that reads sequences, int64 [T], ids from
-    0 that never decrease; `sequence_group`: the ranks that hold other tokens of the same sequences. fused: the
-    same objective as the fused kernel has it, which then takes the objective's place where it can (Triton, one
-    rank for the vocabulary, gradients wanted); metrics come from `objective` always.
+    objective reads in `Tokens.extras`. sequences_T: for an objective that reads sequences, int64 [T], ids
+    from 0 that never decrease; `sequence_group`: the ranks that hold other tokens of the same sequences.
+    fused: the same objective as the fused kernel has it, which then takes the objective's place where it can
+    (Triton, one rank for the vocabulary, gradients wanted); metrics come from `objective` always.
 
     with_entropy: compute the entropy, for the result or because the objective reads it. logits_dtype: fp32
     unless said (bf16 makes ratios noisy by 3-6%). backend: "triton" runs on CUDA, or on CPU with

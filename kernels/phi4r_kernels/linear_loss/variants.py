@@ -23,7 +23,12 @@ SPECS = {
     "on-policy": (FusedLoss(policy=True, kl_coef=1e-3, entropy_coef=1e-3), True),
     "all": (
         FusedLoss(
-            policy=True, dual_clip=3.0, kl_coef=1e-3, kl_reference="ref", entropy_coef=1e-3, importance_cap=2.0
+            policy=True,
+            dual_clip=3.0,
+            kl_coef=1e-3,
+            kl_reference="ref",
+            entropy_coef=1e-3,
+            importance_cap=2.0,
         ),
         False,
     ),
