@@ -399,7 +399,7 @@ LOSS = "tests/kernels/test_linear_loss.py"
 BUGS += (
     _bugs(
         "head",
-        "linear_loss_torch.py",
+        "linear_loss/elementwise_torch.py",
         COMBINATIONS,
         ("the entropy's gradient without + H", "logp_CV.add_(entropy_C[:, None]).mul_(", "logp_CV.mul_("),
         (
@@ -407,33 +407,40 @@ BUGS += (
             "coef_C, entropy_coef_C = coef_C * scale, entropy_coef_C * scale",
             "pass",
         ),
-        (
-            "a clipped ratio keeps its gradient",
-            "return value_C, torch.where(moves_C, plain_C, 0.0)",
-            "return value_C, plain_C",
-        ),
-        ("dual clip stops the value, not the gradient", "moves_C & ~stopped_C", "moves_C"),
-        (
-            "CISPO: the ratio is not clipped",
-            "log_ratio_C.exp().clamp(1.0 - spec.clip_low, 1.0 + spec.clip_high) * advantage_C",
-            "log_ratio_C.exp() * advantage_C",
-        ),
-        ("CISPO: a clipped token stops", "torch.ones_like(inside_C)", "inside_C * (log_ratio_C.abs() < 0.2)"),
-        ("importance weights are not truncated", ".exp().clamp(max=spec.importance_cap)", ".exp()"),
-        (
-            "KL to the reference takes the old policy",
-            "else _bounded(logprob_C - terms_5C[REF])",
-            "else (token_ratio_C, inside_C)",
-        ),
+    )
+    + _bugs(
+        "head",
+        "linear_loss/tokens.py",
+        COMBINATIONS,
         (
             "GSPO: the gradient is not divided by the length",
-            "sums(pull_C * slope_C) / count_S * inside_S",
-            "sums(pull_C * slope_C) * inside_S",
+            "_OverSequences.apply(grads[0].contiguous(), *ctx.options), None",
+            "_OverSequences.apply(grads[0].contiguous(), *ctx.options[:2], False), None",
+        ),
+        (
+            "GSPO: the gradient of a token is its own alone",
+            "_OverSequences.apply(grads[0].contiguous(), *ctx.options), None",
+            "grads[0], None",
         ),
     )
     + _bugs(
         "head",
-        "linear_loss.py",
+        "linear_loss/head.py",
+        COMBINATIONS,
+        (
+            "the derivative by the entropy is left out",
+            "found.entropy_matters |= slopes[1] is not None",
+            "pass",
+        ),
+        (
+            "strictly on-policy, where old log-probs are given",
+            'terms.setdefault("old_logprobs", logprobs_C.detach())',
+            'terms["old_logprobs"] = logprobs_C.detach()',
+        ),
+    )
+    + _bugs(
+        "head",
+        "linear_loss/head.py",
         f"{LOSS}::wherever_chunks_end",
         (
             "a sequence longer than a chunk is taken chunk by chunk",
@@ -443,7 +450,7 @@ BUGS += (
     )
     + _bugs(
         "head",
-        "linear_loss.py",
+        "linear_loss/head.py",
         f"{LOSS}::any_shape",
         (
             "grad_weight is set by each chunk, not added to",
@@ -453,39 +460,40 @@ BUGS += (
     )
     + _bugs(
         "head",
-        "linear_loss.py",
+        "linear_loss/head.py",
         f"{LOSS}::upstream",
         ("the backward forgets the upstream gradient", "            grad_weight_VD.mul_(grads[0])\n", ""),
     )
     + _bugs(
         "head",
-        "linear_loss.py",
+        "linear_loss/head.py",
         f"{LOSS}::three_for_a_step or hold_anything",
         (
             "tokens without weight stay in the products",
-            "    if len(rows_N) == len(active_T):",
-            "    if len(rows_N) <= len(active_T):",
+            "    if len(rows_N) == len(weights_T):",
+            "    if len(rows_N) <= len(weights_T):",
         ),
     )
     + _bugs(
         "head",
-        "linear_loss.py",
+        "linear_loss/head.py",
         f"{LOSS}::no_full_logits and torch",
         ("logits of all tokens at once", "    size = job.chunk_size\n", "    size = 10**9\n"),
     )
     + _bugs(
         "head",
-        "linear_loss.py",
+        "linear_loss/head.py",
         f"{LOSS}::three_for_a_step",
         (
             "log-probs are worked out twice",
-            "            values_8C = _values(",
-            "            logits_CV = job.logits(hidden_CD)\n            values_8C = _values(",
+            "            logprob_C, entropy_C, max_C, log_sum_C = job.softmax(",
+            "            logits_CV = job.logits(hidden_CD)\n"
+            "            logprob_C, entropy_C, max_C, log_sum_C = job.softmax(",
         ),
     )
     + _bugs(
         "head",
-        "linear_loss_triton.py",
+        "linear_loss/elementwise_triton.py",
         f"{LOSS}::longer_than_a_block",
         (
             "kernel: the sum is not rescaled to a new maximum",
@@ -505,22 +513,37 @@ BUGS += (
     )
     + _bugs(
         "head",
-        "linear_loss_triton.py",
-        f"{LOSS}::loss_of_a_token",
-        (
-            "kernel: statistics of ranks joined without their shift",
-            "weighted += share * (tl.load(part + 2 * count, mask=inside, other=0.0) + shift * part_total)",
-            "weighted += share * tl.load(part + 2 * count, mask=inside, other=0.0)",
-        ),
+        "linear_loss/elementwise_triton.py",
+        f"{LOSS}::fused_loss_of_a_token and off_policy",
         (
             "kernel: no bound on log ratios",
             "    value = tl.where(difference > BOUND, BOUND, difference)",
             "    value = difference",
         ),
+        (
+            "kernel: a clipped ratio keeps its gradient",
+            "((ratio >= low) & (ratio <= high)) | (plain < clipped)",
+            "((ratio >= low) & (ratio <= high)) | (plain == plain)",
+        ),
+        (
+            "kernel: dual clip stops the value, not the gradient",
+            "            slope = tl.where(stopped, 0.0, slope)\n",
+            "",
+        ),
+        (
+            "kernel: importance weights are not truncated",
+            "tl.where(importance > importance_cap, importance_cap, importance)",
+            "importance",
+        ),
+        (
+            "kernel: KL to the reference takes the old policy",
+            "held, moving = _bounded(logprob - ref)",
+            "held, moving = _bounded(logprob - old)",
+        ),
     )
     + _bugs(
         "head",
-        "linear_loss_triton.py",
+        "linear_loss/elementwise_triton.py",
         f"{LOSS}::nearby_policies",
         (
             "kernel: k3 as exp(-d) - 1 + d everywhere",
