@@ -8,6 +8,7 @@ division (design contract 3).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -376,7 +377,8 @@ class Engine:
         values = torch.zeros(1 + len(reports), len(names), dtype=torch.float64, device=device)
         for index, report in enumerate(reports):
             values[index + 1] = torch.stack([report[name].detach().double() for name in names]).to(device)
-        sums, largest = values.sum(0), values.amax(0)
+        # One after another: the order of torch's sum over rows depends on the number of columns.
+        sums, largest = torch.stack(list(itertools.accumulate(values)))[-1], values.amax(0)
         if self.layout.world_size > 1:
             dist.all_reduce(sums)
             dist.all_reduce(largest, op=dist.ReduceOp.MAX)

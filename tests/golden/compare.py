@@ -19,6 +19,16 @@ FP32_CASES = ("sft_resumed", "score")
 FP32_METRICS = ("logprob_gap", "max_logprob_gap", "effective_sample_share")
 """What is in fp32, or rounded to it once: a resumed run, log-probs of `phi4r score` and of the sampler."""
 
+AUTOGRAD_CASES = ("grpo_two_updates", "gspo", "cispo")
+SUMMED_METRICS = ("heldout_loss", "effective_sample_share")
+CLOSE_ORDER = 1e-12
+"""Where the order of operations has changed since 0.1.0. In these cases the policy moves within a step: autograd
+multiplies weight, advantage and ratio, and the parts of k3's derivative, in another order than the derivatives
+that were written out. These metrics: microbatches are summed one after another; torch's sum over rows, whose
+order depends on the number of columns, did it for the other metrics and not for these."""
+GONE = {("cispo", "dual_clipped")}
+"""(case, metric): zeros in 0.1.0 that are no longer reported, as the objective has no such bound."""
+
 
 def environment() -> dict[str, str]:
     """What decides the last bits on a CPU."""
@@ -55,11 +65,15 @@ def differences(expected: Rows, found: Rows, exact: bool) -> list[str]:
             result.append(f"{case}: {len(rows)} rows expected, {len(found[case])} found")
         for number, (row, other) in enumerate(zip(rows, found[case], strict=False), start=1):
             for name, value in row.items():
+                if (case, name) in GONE:
+                    continue
                 if name not in other:
                     result.append(f"{case} row {number} {name}: expected {value!r}, missing")
                     continue
                 loose = case in FP32_CASES or name in FP32_METRICS
                 tolerance = 0.0 if exact else CLOSE_FP32 if loose else CLOSE
+                if exact and (case in AUTOGRAD_CASES or name in SUMMED_METRICS):
+                    tolerance = CLOSE_ORDER
                 if not _same(value, other[name], tolerance):
                     result.append(f"{case} row {number} {name}: expected {value!r}, found {other[name]!r}")
     return result

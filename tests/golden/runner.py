@@ -61,6 +61,8 @@ RENAMED_KEYS = {
 }
 """Key in 0.1.0 -> its name in later commits, where only the name has changed."""
 
+MEASURED_BY_DEFAULT: Settings = {"log.ref_kl": True}
+"""What 0.1.0 measured in every run of RL and later commits measure when asked to."""
 RENAMED_METRICS = {
     "prompt_batches": "draws",
     "policy_lag": "staleness",
@@ -308,6 +310,8 @@ def options(stage: str, settings: Settings) -> list[str]:
         }:
             result = {key: value for key, value in result.items() if key not in old} | dict(new)
     result = {key if f"{key} " in known else RENAMED_KEYS.get(key, key): v for key, v in result.items()}
+    if stage == "rl":
+        result |= {key: value for key, value in MEASURED_BY_DEFAULT.items() if f"{key} " in known}
     texts = {key: str(value).lower() if isinstance(value, bool) else value for key, value in result.items()}
     return [f"--{key}={text}" for key, text in texts.items()]
 
