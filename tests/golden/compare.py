@@ -22,10 +22,10 @@ FP32_METRICS = ("logprob_gap", "max_logprob_gap", "effective_sample_share")
 AUTOGRAD_CASES = ("grpo_two_updates", "gspo", "cispo")
 SUMMED_METRICS = ("heldout_loss", "effective_sample_share")
 CLOSE_ORDER = 1e-12
-"""Where the order of operations has changed since 0.1.0. In these cases the policy moves within a step: autograd
-multiplies weight, advantage and ratio, and the parts of k3's derivative, in another order than the derivatives
-that were written out. These metrics: microbatches are summed one after another; torch's sum over rows, whose
-order depends on the number of columns, did it for the other metrics and not for these."""
+"""Where the order of operations has changed since 0.1.0. In these cases the policy moves within a step:
+autograd multiplies weight, advantage and ratio, and the parts of k3's derivative, in another order than the
+derivatives that were written out. These metrics: microbatches are summed one after another; torch's sum over
+rows, whose order depends on the number of columns, did it for the other metrics and not for these."""
 GONE = {("cispo", "dual_clipped")}
 """(case, metric): zeros in 0.1.0 that are no longer reported, as the objective has no such bound."""
 
