@@ -1,9 +1,9 @@
-"""`phi4r plan RECIPE`: the layouts of a cluster for a recipe, ranked, with the words that submit the best."""
+"""`phi4r plan RECIPE`: the layouts of a cluster for a recipe, ranked, with the command for the best."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from phi4r.configs.load import Loaded
@@ -22,16 +22,26 @@ DAY_S = 86_400
 class Options:
     """The command's own options; 0 means: taken from the recipe."""
 
-    nodes: int = 4
-    gpus_per_node: int = 8
-    gpu: str = "h100"
-    tokens: float = 0.0
-    document_tokens: int = 0
-    response_tokens: int = 0
-    limit: int = 8
+    nodes: int = field(default=4, metadata={"min": 1})
+    """Nodes"""
+    gpus_per_node: int = field(default=8, metadata={"min": 1})
+    """GPUs of a node"""
+    gpu: str = field(default="h100", metadata={"metavar": "h100|h200"})
+    """Kind of GPU"""
+    tokens: float = field(default=0.0, metadata={"min": 0})
+    """Tokens to train on (0: train.num_steps decides)"""
+    document_tokens: int = field(default=0, metadata={"min": 0})
+    """Mean length of documents (0: one fills a row)"""
+    response_tokens: int = field(default=0, metadata={"min": 0})
+    """Mean response of RL (0: a quarter of the longest)"""
+    limit: int = field(default=8, metadata={"min": 1})
+    """Layouts to list"""
     simulate: bool = False
-    sync_seconds: float = 0.0
-    plot: str = ""
+    """RL with vLLM servers: simulate modes and splits of the nodes"""
+    sync_seconds: float = field(default=0.0, metadata={"min": 0})
+    """Weights to the servers (0: an estimate)"""
+    plot: str = field(default="", metadata={"metavar": "FILE"})
+    """Draw the simulation, as PNG, SVG or PDF"""
 
 
 def the_work(config: SFTConfig | RLConfig, options: Options) -> Work:

@@ -7,7 +7,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import phi4r
@@ -32,19 +32,28 @@ class LaunchRequest:
     words: list[str]
     overrides: list[str]
     """`section.key=value`."""
-    run_dir: str
-    recipe: str
-    nodes: int
-    rollout_nodes: int
-    """Nodes of the second component of a heterogeneous job, for vLLM servers (0: there is none)."""
-    servers_per_node: int
-    """(0: one a GPU)."""
-    time: str
-    gpus_per_node: int
-    gpu: str
-    after: str
-    array: int
-    sbatch: str
+    nodes: int = field(default=1, metadata={"min": 1})
+    """Nodes of the job"""
+    rollout_nodes: int = field(default=0, metadata={"min": 0})
+    """rl: more nodes, for vLLM servers (a heterogeneous job)"""
+    servers_per_node: int = field(default=0, metadata={"min": 0})
+    """vLLM servers on a rollout node (0: one a GPU)"""
+    time: str = field(default="", metadata={"metavar": "T"})
+    """Time limit: minutes, H:M:S, D-H:M:S (default: the script's)"""
+    run_dir: str = field(default="", metadata={"metavar": "D"})
+    """Run folder, shared by all nodes"""
+    gpus_per_node: int = field(default=0, metadata={"min": 0})
+    """GPUs to ask for (0: as many as ranks)"""
+    gpu: str = field(default="h100", metadata={"metavar": "h100|h200"})
+    """Kind of GPU, for `phi4r plan`"""
+    after: str = field(default="", metadata={"metavar": "JOB"})
+    """Start when that job has succeeded"""
+    array: int = field(default=0, metadata={"min": 0, "metavar": "N"})
+    """eval: N jobs with runs of their own, and a merge"""
+    recipe: str = ""
+    """eval: recipe whose [eval] tables are used"""
+    sbatch: str = field(default="", metadata={"metavar": "'...'"})
+    """More options for sbatch, as one word"""
 
 
 @dataclass(frozen=True)

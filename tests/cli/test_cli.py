@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from phi4r.cli.main import COMMANDS, Command, main
+from phi4r.cli.main import main
+from phi4r.cli.registry import COMMANDS
 from phi4r.configs.schema import reference
 from phi4r.configs.stages import STAGES
 
@@ -54,7 +55,7 @@ def test_help_answers_without_heavy_modules() -> None:
 def test_help_lists_every_command_with_its_line() -> None:
     text = phi4r("--help").stdout
     for name, command in COMMANDS.items():
-        assert f"{'rollouts' if name == 'show' else name} " in text
+        assert f"{name} " in text
         assert command.help in text
 
 
@@ -112,7 +113,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 def test_a_bug_shows_its_traceback_and_exit_code_1(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(COMMANDS, "doctor", Command("", None, "tests.cli.targets:crash"))
+    monkeypatch.setitem(COMMANDS, "doctor", COMMANDS["doctor"]._replace(target="tests.cli.targets:crash"))
     code, _, err = run(capsys, "doctor")
     assert code == 1
     assert "Traceback" in err
@@ -122,7 +123,7 @@ def test_a_bug_shows_its_traceback_and_exit_code_1(
 def test_an_interruption_is_exit_code_130(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(COMMANDS, "doctor", Command("", None, "tests.cli.targets:interrupt"))
+    monkeypatch.setitem(COMMANDS, "doctor", COMMANDS["doctor"]._replace(target="tests.cli.targets:interrupt"))
     code, _, err = run(capsys, "doctor")
     assert (code, err) == (130, "phi4r: interrupted\n")
 
@@ -185,7 +186,8 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_reader_that_has_gone_away_is_no_traceback(unbuffered: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    code = "from phi4r.cli.main import *; COMMANDS['doctor'] = Command('', None, 'tests.cli.targets:speak')"
+    code = "from phi4r.cli.main import *; row = COMMANDS['doctor']"
+    code += "; COMMANDS['doctor'] = row._replace(target='tests.cli.targets:speak')"
     command = [sys.executable, "-c", f"{code}; main(['doctor'])"]
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     ended = subprocess.run(

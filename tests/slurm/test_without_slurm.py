@@ -18,12 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def request(stage: str, *words: str, **changes: Any) -> LaunchRequest:
-    given: dict[str, Any] = {
-        "stage": stage, "words": list(words), "overrides": [], "run_dir": "/shared/run", "recipe": "",
-        "nodes": 1, "rollout_nodes": 0, "servers_per_node": 0, "time": "", "gpus_per_node": 0,
-        "gpu": "h100", "after": "", "array": 0, "sbatch": "",
-    }  # fmt: skip
-    return LaunchRequest(**{**given, **changes})
+    return LaunchRequest(stage, list(words), **{"overrides": [], "run_dir": "/shared/run", **changes})
 
 
 @pytest.mark.parametrize(
