@@ -1,5 +1,4 @@
-"""The stages of the pipeline: `phi4r curate`, `sft`, `rl`, `eval`, `generate`, and `quickstart`, which runs them
-all."""
+"""The stages of the pipeline: `phi4r curate`, `sft`, `rl`, `eval`, `generate`; and `quickstart`."""
 
 from __future__ import annotations
 

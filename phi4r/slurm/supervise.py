@@ -175,7 +175,9 @@ def judge(folder: Path, code: int) -> Verdict:
         return Verdict("hung", describe_hang(folder))
     if reports:
         return Verdict("lost", f"{reports[0].text} (error_{reports[0].rank:05d})")
-    return Verdict("lost", f"{srun[-1] if srun else ''} (exit code {code}; logs in {folder})".strip())
+    printed = _read(next(iter(sorted(folder.glob("rank_*.log"))), folder / "none")).splitlines()
+    last = next((lines[-1] for lines in (printed, srun) if lines), "")
+    return Verdict("lost", f"{last} (exit code {code}; logs in {folder})".strip())
 
 
 def _read(path: Path) -> str:

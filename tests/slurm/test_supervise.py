@@ -71,11 +71,14 @@ def test_an_error_about_another_rank_alone_is_a_loss(tmp_path: Path) -> None:
     assert judge(tmp_path, 1) == Verdict("lost", "Connection reset by peer (error_00004)")
 
 
-def test_without_any_report_the_last_words_of_srun_are_the_reason(tmp_path: Path) -> None:
+def test_without_any_report_the_last_words_printed_are_the_reason(tmp_path: Path) -> None:
     (tmp_path / "srun.err").write_text("srun: a\nsrun: error: node failure\n")
     why = f"srun: error: node failure (exit code 1; logs in {tmp_path})"
     assert judge(tmp_path, 1) == Verdict("lost", why)
-    (tmp_path / "srun.err").unlink()
+    (tmp_path / "rank_00000.log").write_text("Traceback\nImportError: no phi4r\n")
+    assert judge(tmp_path, 1).why == f"ImportError: no phi4r (exit code 1; logs in {tmp_path})"
+    for name in ("srun.err", "rank_00000.log"):
+        (tmp_path / name).unlink()
     assert judge(tmp_path, 9).why == f"(exit code 9; logs in {tmp_path})"
 
 
