@@ -123,11 +123,13 @@ def _tasks_per_node(request: LaunchRequest, world_size: int) -> int:
 
 def prepare(request: LaunchRequest) -> Submission:
     """The sbatch command of a request. UserError where the recipe is wrong, cannot fit, or runs already."""
-    if request.stage not in (*STAGES, "bench"):
-        raise UserError(f"launch: expected one of {', '.join(STAGES)} or bench, got {request.stage!r}")
+    folder = scripts_folder()
+    stages = [name for name in STAGES if (folder / f"{name}.sbatch").exists()]
+    if request.stage not in (*stages, "bench"):
+        raise UserError(f"launch: expected one of {', '.join(stages)} or bench, got {request.stage!r}")
     if request.rollout_nodes and request.stage != "rl":
         raise UserError(f"--rollout-nodes: is for rl, which samples while it trains; not for {request.stage}")
-    script = scripts_folder() / f"{request.stage}{'_vllm' if request.rollout_nodes else ''}.sbatch"
+    script = folder / f"{request.stage}{'_vllm' if request.rollout_nodes else ''}.sbatch"
     loaded, notes, tasks = _load(request), [], 1
     run_dir = None
     words = [*request.words, *(f"--{override}" for override in request.overrides)]
