@@ -35,7 +35,11 @@ SIZES_GB = {"cpu": (0.5, 1.4), "cuda": (2.6, 5.4)}
 """Download and disk of phi4r with what its tests need, by build; measured by `make test-install`."""
 WHERE = ("-f", "--find-links", "-i", "--index-url", "--extra-index-url", "--no-index")
 """pip's options that say where it looks."""
-OFFLINE = ("Temporary failure", "Name or service", "Connection", "Max retries", "timed out", "ProxyError")
+OFFLINE = (
+    "NewConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ProxyError", "SSLError", "Max retries",
+    "Temporary failure in name resolution", "Name or service not known",
+)  # fmt: skip
+"""Words of pip for an index that it does not reach."""
 
 
 class RefusedError(Exception):
@@ -153,6 +157,11 @@ def check_room(build: str) -> None:
 
 def advice(log: str, build: str) -> str:
     """What to do after pip failed and said `log`."""
+    if any(word in log for word in OFFLINE):
+        return (
+            "pip does not reach its index: look at the network, a proxy (https_proxy), or your mirror "
+            "(pip config set global.index-url ADDRESS, or PIP_FLAGS='--index-url=ADDRESS')"
+        )
     if "ResolutionImpossible" in log or "conflicting dependencies" in log:
         return (
             f"packages of this index do not fit together under constraints-{build}.txt: pip's lines above "
@@ -165,11 +174,6 @@ def advice(log: str, build: str) -> str:
     if "No space left" in log:
         return (
             f"the disk is full: about {SIZES_GB[build][1]} GB are needed (TMPDIR and pip's cache count, too)"
-        )
-    if any(word in log for word in OFFLINE):
-        return (
-            "pip does not reach its index: look at the network, a proxy (https_proxy), or your mirror "
-            "(pip config set global.index-url ADDRESS, or PIP_FLAGS='--index-url=ADDRESS')"
         )
     if "nvcc" in log or "CUDA_HOME" in log:
         return "this extra compiles CUDA code: nvcc (the CUDA toolkit) must be on PATH"

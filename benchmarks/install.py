@@ -1,16 +1,17 @@
 """phi4r installed in an empty folder, as a newcomer would: by uv with Python 3.12 and the CUDA build of torch
-from the package index, and by pip with Python 3.11 and a CPU build; then doctor, the small quick start, the suite.
+from the package index, and by pip with Python 3.11 and a CPU build; then doctor, the small quick start and
+the suite.
 
     python -m benchmarks.install [--only uv-cuda] [--folder DIR] [--suite tests] [--write]
 
 `make test-install` calls it. Each environment is made in a fresh clone of HEAD; the CUDA build needs no GPU,
-but about 3 GB to download. Stages: install, doctor, pipeline (tests/test_pipeline.py), suite (the default tests
-under --suite). Exits 1 if one failed; what failed is printed. --write appends a row per stage to
-results/install.csv.
+but about 3 GB to download. Stages: install, doctor, pipeline (tests/test_pipeline.py), suite (the default
+tests, or those of --suite). Exits 1 if one failed; what failed is printed. --write appends a row per stage to
+results/install.csv as soon as the stage has ended.
 
-Columns: date (UTC), commit, dirty, cpu, environment, python, torch, triton, stage, seconds (wall clock, beside
-what else ran), packages (with what tests need), download_gb (their wheels, as the index gives their sizes),
-disk_gb (the environment's folder), passed, failed, skipped (tests).
+Columns: date (UTC), commit, dirty, cpu, environment, python, torch, triton, stage, tests (those of --suite),
+seconds (wall clock, beside what else ran), packages (with what tests need), download_gb (their wheels, as the
+index gives their sizes), disk_gb (the environment's folder), passed, failed, skipped (tests).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from benchmarks.rows import append_rows, provenance
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = [
-    "date", "commit", "dirty", "cpu", "environment", "python", "torch", "triton", "stage", "seconds",
+    "date", "commit", "dirty", "cpu", "environment", "python", "torch", "triton", "stage", "tests", "seconds",
     "packages", "download_gb", "disk_gb", "passed", "failed", "skipped",
 ]  # fmt: skip
 DEADLINES_S = {"install": 3600, "doctor": 600, "pipeline": 3600, "suite": 4 * 3600}
@@ -165,37 +166,36 @@ def run_stage(calls: Sequence[Sequence[str]], clone: Path, deadline_s: float) ->
 
 def measure(
     environment: Environment, folder: Path, suite: Sequence[str]
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """(rows, stages that failed) of one environment; the stages after a failed installation are left out."""
+) -> Iterator[tuple[bool, dict[str, Any]]]:
+    """(went well, row) of each stage of one environment as it ends; none after a failed installation."""
     clone = folder / environment.name
-    subprocess.run(
-        ["git", "clone", "-q", "--no-local", "--depth", "1", ROOT.as_uri(), str(clone)], check=True
-    )
-    rows, failed = [], []
+    subprocess.run(["git", "clone", "-q", "--depth", "1", ROOT.as_uri(), str(clone)], check=True)
     shared: dict[str, Any] = {"environment": environment.name}
     for stage, calls in commands(environment).items():
         print(f"== {environment.name}: {stage}", flush=True)
         calls = [[*call, *suite] for call in calls] if stage == "suite" else calls
         good, said, seconds = run_stage(calls, clone, DEADLINES_S[stage])
-        if not good:
-            failed.append(f"{environment.name}: {stage}")
-        if stage == "install":
-            if not good:
-                break
-            code = (
-                "import json, platform; from importlib.metadata import version as v; "
-                "print(json.dumps({'python': platform.python_version(), 'torch': v('torch'), 'triton': v('triton')}))"
-            )
-            asked = subprocess.run(
-                [".venv/bin/python", "-c", code], cwd=clone, capture_output=True, check=True
-            )
-            shared |= json.loads(asked.stdout)
-            number, size = download_gb(clone, environment)
-            shared |= {"packages": number, "download_gb": round(size, 2)}
-            shared["disk_gb"] = round(folder_gb(clone / ".venv"), 2)
-        tested = counts(said) if stage in ("pipeline", "suite") else {}
-        rows.append(shared | {"stage": stage, "seconds": round(seconds, 1)} | tested)
-    return rows, failed
+        if stage == "install" and good:
+            shared |= describe(clone, environment)
+        tested: dict[str, Any] = counts(said) if stage in ("pipeline", "suite") else {}
+        if stage == "suite":
+            tested["tests"] = " ".join(suite)
+        yield good, shared | {"stage": stage, "seconds": round(seconds, 1)} | tested
+        if stage == "install" and not good:
+            return
+
+
+def describe(clone: Path, environment: Environment) -> dict[str, Any]:
+    """Versions and sizes of an environment: the columns python to triton, packages to disk_gb."""
+    code = (
+        "import json, platform; from importlib.metadata import version; "
+        "found = {name: version(name) for name in ('torch', 'triton')}; "
+        "print(json.dumps(found | {'python': platform.python_version()}))"
+    )
+    asked = subprocess.run([".venv/bin/python", "-c", code], cwd=clone, capture_output=True, check=True)
+    number, size = download_gb(clone, environment)
+    sizes = {"download_gb": round(size, 2), "disk_gb": round(folder_gb(clone / ".venv"), 2)}
+    return json.loads(asked.stdout) | {"packages": number} | sizes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -211,22 +211,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.folder and options.folder.exists() and any(options.folder.iterdir()):
         parser.error(f"{options.folder} is not empty")
     chosen = [e for e in ENVIRONMENTS if options.only in (None, e.name)]
-    shared = provenance(".")
+    shared, failed = provenance("."), []
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.folder or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        done = [measure(environment, folder, options.suite) for environment in chosen]
-    rows = [shared | row for rows, _ in done for row in rows]
-    failed = [stage for _, stages in done for stage in stages]
-    for row in rows:
-        tests = (
-            f", {row['passed']} passed, {row['failed']} failed, {row['skipped']} skipped"
-            if "passed" in row
-            else ""
-        )
-        print(f"{row['environment']} {row['stage']}: {row['seconds']} s {tests}")
-    if options.write:
-        print(f"wrote {len(rows)} rows to {append_rows('install', COLUMNS, rows)}")
+        for environment in chosen:
+            for good, found in measure(environment, folder, options.suite):
+                row = shared | found
+                words = [f"{row[word]} {word}" for word in ("passed", "failed", "skipped") if word in row]
+                line = f"{row['environment']}, {row['stage']}: {row['seconds']} s"
+                print(", ".join([line, *words]), flush=True)
+                if not good:
+                    failed.append(line)
+                if options.write:
+                    append_rows("install", COLUMNS, [row])
     for stage in failed:
         print(f"failed: {stage}", file=sys.stderr)
     return 1 if failed else 0
