@@ -2,7 +2,8 @@
 from the package index, and by pip with Python 3.11 and a CPU build; then doctor, the small quick start and
 the suite.
 
-    python -m benchmarks.install [--only uv-cuda] [--folder DIR] [--suite tests] [--write]
+    python -m benchmarks.install [--only uv-cuda] [--folder DIR] [--stages install] [--suite tests]
+        [--write]
 
 `make test-install` calls it. Each environment is made in a fresh clone of HEAD; the CUDA build needs no GPU,
 but about 3 GB to download. Stages: install, doctor, pipeline (tests/test_pipeline.py), suite (the default
@@ -165,13 +166,15 @@ def run_stage(calls: Sequence[Sequence[str]], clone: Path, deadline_s: float) ->
 
 
 def measure(
-    environment: Environment, folder: Path, suite: Sequence[str]
+    environment: Environment, folder: Path, stages: Sequence[str], suite: Sequence[str]
 ) -> Iterator[tuple[bool, dict[str, Any]]]:
-    """(went well, row) of each stage of one environment as it ends; none after a failed installation."""
+    """(went well, row) of each of `stages` (install always) as it ends; none after a failed installation."""
     clone = folder / environment.name
     subprocess.run(["git", "clone", "-q", "--depth", "1", ROOT.as_uri(), str(clone)], check=True)
     shared: dict[str, Any] = {"environment": environment.name}
     for stage, calls in commands(environment).items():
+        if stage not in ("install", *stages):
+            continue
         print(f"== {environment.name}: {stage}", flush=True)
         calls = [[*call, *suite] for call in calls] if stage == "suite" else calls
         good, said, seconds = run_stage(calls, clone, DEADLINES_S[stage])
@@ -205,6 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--folder", type=Path, help="an empty folder to work in, kept (default: a temporary one)"
     )
+    parser.add_argument("--stages", nargs="+", default=list(DEADLINES_S), choices=list(DEADLINES_S))
     parser.add_argument("--suite", nargs="*", default=[], help="what of the default suite to run (all)")
     parser.add_argument("--write", action="store_true", help="append rows to results/install.csv")
     options = parser.parse_args(arguments)
@@ -216,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = options.folder or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         for environment in chosen:
-            for good, found in measure(environment, folder, options.suite):
+            for good, found in measure(environment, folder, options.stages, options.suite):
                 row = shared | found
                 words = [f"{row[word]} {word}" for word in ("passed", "failed", "skipped") if word in row]
                 line = f"{row['environment']}, {row['stage']}: {row['seconds']} s"

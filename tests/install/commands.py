@@ -48,6 +48,7 @@ def targets() -> frozenset[str]:
     return frozenset(match[1] for line in lines if (match := re.match(r"# make ([a-z-]+) ", line)))
 
 
+@functools.cache
 def run(*command: str) -> str:
     """Standard output of a command in the clone that may not fail."""
     variables = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", *PASSED_ON)}

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -25,37 +25,50 @@ GPU_ONLY = ("te", "flash-attn", "flash-attn-4", "vllm")
 
 
 def questions(system: str, build: str) -> dict[tuple[str, ...], str]:
-    """pip's arguments -> where they come from: every command that people are told, every extra alone, and all
-    but vLLM (which has an environment of its own) together."""
+    """pip's arguments -> where they come from: every command that people are told, and every extra."""
     asked: dict[tuple[str, ...], str] = {}
     for command, where in told().items():
         if system == "macos" and re.search(r"vllm-deps|test-vllm", command):
             continue  # vLLM has wheels for Linux only
-        if build == "cpu" and ("CUDA=1" in command or any(f"EXTRAS={e}" in command for e in GPU_ONLY)):
+        if f"{'CPU' if build == 'cuda' else 'CUDA'}=1" in command:
+            continue
+        if build == "cpu" and any(f"EXTRAS={extra}" in command for extra in GPU_ONLY):
             continue
         for arguments in pip_arguments(command, build):
             asked.setdefault(arguments, f"{command} ({where})")
-    extras = EXTRAS if build == "cuda" else [extra for extra in EXTRAS if extra not in GPU_ONLY]
-    for chosen in (*extras, ",".join(extra for extra in extras if extra != "vllm")):
-        arguments = ("-c", f"constraints-{build}.txt", "-e", f".[{chosen}]")
-        asked.setdefault(arguments, f"extra {chosen}")
+    for extra in EXTRAS:
+        if build == "cuda" or extra not in GPU_ONLY:
+            arguments = ("-c", f"constraints-{build}.txt", "-e", f".[{extra}]")
+            asked.setdefault(arguments, f"extra {extra}")
     return asked
 
 
-def conflicts(python: str, system: str, build: str, tmp_path: Path) -> tuple[int, list[str]]:
-    """(number of questions, what has no answer and why)."""
-    links = resolver.cpu_torch(tmp_path / "wheels", TORCH) if (build, system) == ("cpu", "linux") else None
+def unions(asked: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], list[tuple[str, ...]]]:
+    """All that is wanted under the same constraints as one question -> the questions in it: the answer of the
+    union is one of each part."""
+    groups: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for arguments in asked:
+        groups.setdefault(tuple(resolver.requirements(arguments)[0]), []).append(arguments)
+    found = {}
+    for constraints, parts in groups.items():
+        extras = sorted({extra for part in parts for extra in resolver.requirements(part)[1] if extra})
+        wanted = sorted({word for part in parts for word in resolver.requirements(part)[2]})
+        project = ("-e", f".[{','.join(extras)}]") if constraints else ()
+        found[(*(word for file in constraints for word in ("-c", file)), *project, *wanted)] = parts
+    return found
 
-    def ask(item: tuple[int, tuple[tuple[str, ...], str]]) -> str:
-        number, (arguments, where) = item
-        scratch = tmp_path / str(number)
-        scratch.mkdir()
-        pins, why = resolver.resolve(arguments, python, system, scratch, links)
-        return "" if pins else f"{where}: {why}"
 
+def conflicts(python: str, system: str, build: str, scratch: Path) -> tuple[int, list[str]]:
+    """(number of questions, what has no answer and why). What cannot be had together is asked for singly."""
+    links = resolver.cpu_torch(scratch / "wheels", TORCH) if (build, system) == ("cpu", "linux") else None
     asked = questions(system, build)
-    with ThreadPoolExecutor(2) as pool:
-        return len(asked), [why for why in pool.map(ask, enumerate(asked.items())) if why]
+    found = []
+    for union, parts in unions(asked).items():
+        if not resolver.resolve(union, python, system, scratch, links)[0]:
+            for part in parts:
+                pins, why = resolver.resolve(part, python, system, scratch, links)
+                found += [] if pins else [f"{asked[part]}: {why}"]
+    return len(asked), found
 
 
 @pytest.mark.parametrize("python", ["3.11", "3.12"])
