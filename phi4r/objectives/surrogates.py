@@ -69,7 +69,8 @@ def sapo(tokens: Tokens, settings: ObjectiveConfig) -> Surrogate:
     arXiv 2511.20347: a soft gate in place of the clip.
     """
     advantages, ratio = _advantages(tokens), log_ratio(tokens, settings).exp()
-    tau = torch.where(advantages > 0, settings.sapo_positive, settings.sapo_negative)
+    temperatures = (advantages.new_tensor(tau) for tau in (settings.sapo_positive, settings.sapo_negative))
+    tau = torch.where(advantages > 0, *temperatures)
     return advantages * torch.sigmoid(tau * (ratio - 1.0)) * (4.0 / tau), {"ratio": ratio}
 
 
