@@ -450,6 +450,15 @@ def test_no_full_logits_are_ever_held(backend: str) -> None:
 # --- what is refused
 
 
+@pytest.mark.parametrize("spec", [EVERYTHING, GSPO], ids=["everything", "gspo"])
+def test_a_call_without_a_token_reports_the_same_metrics(spec: LossSpec) -> None:
+    batch = make_batch(5, 4, 9, sequence_lengths=[2, 3]).to(torch.float64)
+    result = call(replace(batch, weights=torch.zeros(5)), spec)
+    assert list(result.metrics) == list(call(batch, spec).metrics)
+    assert not any(values.any() for values in (*result[:4], *result.metrics.values()))
+    assert not any(gradient.any() for gradient in gradients(result.loss, batch))
+
+
 def test_shapes_and_options_that_disagree_are_refused() -> None:
     batch = make_batch(5, 4, 9).to(torch.float64)
     good = dict(

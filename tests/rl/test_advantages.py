@@ -106,3 +106,35 @@ def test_filtered_advantages_are_those_of_the_kept_alone_and_zero_elsewhere(
         assert result.informative.tolist() == alone.informative.tolist()
         if keep == rewards.shape[1]:
             np.testing.assert_array_equal(result.advantages, group_advantages(rewards, norm).advantages)
+
+
+REWARDS_2x3 = np.array([[1.0, 0.0, 0.5], [2.0, -1.0, 2.0]])
+LENGTHS_2x3 = np.array([[3, 5, 4], [10, 2, 8]])
+
+
+def test_the_sample_deviation_divides_by_one_less() -> None:
+    found = group_advantages(REWARDS_2x3, "sample_std").advantages
+    centred = REWARDS_2x3 - REWARDS_2x3.mean(1, keepdims=True)
+    expected = centred / np.sqrt((centred**2).sum(1, keepdims=True) / 2)
+    np.testing.assert_allclose(found, expected, rtol=1e-15)
+
+
+def test_rloo_subtracts_the_mean_of_the_others() -> None:
+    found = group_advantages(REWARDS_2x3, "none", "rloo").advantages
+    np.testing.assert_allclose(found[0], [1 - 0.25, 0 - 0.75, 0.5 - 0.5], atol=1e-15)
+    np.testing.assert_allclose(found[1], [2 - 0.5, -1 - 2, 2 - 0.5], atol=1e-15)
+
+
+def test_opo_weighs_the_baseline_by_length() -> None:
+    found = group_advantages(REWARDS_2x3, "none", "opo", LENGTHS_2x3).advantages
+    baselines = [(3 * 1 + 4 * 0.5) / 12, (10 * 2 - 2 + 8 * 2) / 20]
+    np.testing.assert_allclose(found, REWARDS_2x3 - np.array(baselines)[:, None], atol=1e-15)
+
+
+def test_reinforce_pp_whitens_over_the_steps_tokens() -> None:
+    """verl's reinforce_plus_plus_baseline: group-centred scores, one copy a token, shifted and divided by
+    their mean and sample deviation."""
+    found = group_advantages(REWARDS_2x3, "tokens", lengths_PG=LENGTHS_2x3).advantages
+    centred = (REWARDS_2x3 - REWARDS_2x3.mean(1, keepdims=True)).ravel()
+    tokens = np.repeat(centred, LENGTHS_2x3.ravel())
+    np.testing.assert_allclose(found.ravel(), (centred - tokens.mean()) / tokens.std(ddof=1), rtol=1e-14)

@@ -306,6 +306,8 @@ def _run(job: _Job, grad_hidden_TD: Tensor | None, grad_weight_VD: Tensor | None
             _add_mm(grad_weight_VD, grad_CV.T, hidden_CD)
         # The next chunk's logits take this memory.
         logits_CV = grad_CV = None
+    if job.objective is not None and not chunks and job.sequence_group is None:
+        _apply_objective(job, found, slice(0, 0), job.lengths_S, None, False)  # for the metrics' names
     if fused is not None:
         loss_N = found.values_5N[LOSS].clone()
         _apply_objective(job, found, slice(None), None, None, False)  # for its metrics
