@@ -69,8 +69,8 @@ def sapo(tokens: Tokens, settings: ObjectiveConfig) -> Surrogate:
     arXiv 2511.20347: a soft gate in place of the clip.
     """
     advantages, ratio = _advantages(tokens), log_ratio(tokens, settings).exp()
-    temperatures = (advantages.new_tensor(tau) for tau in (settings.sapo_positive, settings.sapo_negative))
-    tau = torch.where(advantages > 0, *temperatures)
+    positive, negative = (advantages.new_tensor(t) for t in (settings.sapo_positive, settings.sapo_negative))
+    tau = torch.where(advantages > 0, positive, negative)
     return advantages * torch.sigmoid(tau * (ratio - 1.0)) * (4.0 / tau), {"ratio": ratio}
 
 
