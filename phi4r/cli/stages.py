@@ -19,7 +19,7 @@ from phi4r.cli.registry import (
     define,
     make_app,
 )
-from phi4r.configs.load import Loaded, load_pipeline, load_stage, prepare_run_dir
+from phi4r.configs.load import Loaded, load_pipeline, load_stage, prepare_run_dir, refuse_idle
 from phi4r.core.errors import UserError
 from phi4r.parallel.attempt import attempt
 from phi4r.parallel.launch import find_target, run_handler
@@ -47,6 +47,7 @@ def _run(stage: str, loaded: Loaded, run_dir: str, dry_run: bool, *arguments: An
     from phi4r.core.console import is_main_rank, say
     from phi4r.core.lock import run_lock
 
+    refuse_idle(loaded)
     target, arguments = COMMANDS[stage].target, (loaded.config, *arguments, folder)
     parallel, is_main = loaded.config.parallel, is_main_rank()
     try:

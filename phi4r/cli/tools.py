@@ -197,7 +197,7 @@ def rollouts_audit(
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of that draw")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object for programs")] = False,
 ) -> None:
-    call(ctx, "phi4r.rl.audit:show_audit", Path(run_dir), limit=limit, seed=seed, as_json=as_json)
+    call(ctx, "phi4r.commands.rollouts:show_audit", Path(run_dir), limit=limit, seed=seed, as_json=as_json)
 
 
 @define(app, "report", "  phi4r report runs/rl")

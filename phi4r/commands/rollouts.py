@@ -1,4 +1,5 @@
-"""`phi4r rollouts show RUN`: read what the model wrote, sample by sample.
+"""`phi4r rollouts show RUN`: read what the model wrote, sample by sample; `phi4r rollouts audit RUN`: where
+two checks of an answer disagree.
 
 A panel per sample (prompt, think block dimmed, answer highlighted, every part of the reward), a table per
 prompt that sets its group side by side, and aggregates over everything selected. `--json` prints the same
@@ -22,7 +23,8 @@ from rich.table import Table
 from rich.text import Text
 
 from phi4r.core.errors import UserError
-from phi4r.rl.rollout_log import read_rollouts, rollout_steps
+from phi4r.rl.rollout_log import read_audit, read_rollouts, rollout_steps
+from phi4r.verify.audit import drawn
 
 Sort = Literal["file", "reward", "length"]
 SORTS = ("file", "reward", "length")
@@ -308,3 +310,41 @@ def _cut(text: str, full: bool) -> str:
 
 def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# --- audit
+
+
+def show_audit(
+    run_dir: Path, limit: int = 8, seed: int = 0, as_json: bool = False, console: Console | None = None
+) -> None:
+    """Print `limit` disagreements (0: all), drawn by `seed` from all that the run has logged."""
+    if limit < 0:
+        raise UserError(f"--limit: expected 0 (all) or more, got {limit}")
+    rows = read_audit(run_dir)
+    shown = drawn(rows, limit, seed)
+    if as_json:
+        print(json.dumps({"logged": len(rows), "rows": shown}, ensure_ascii=False))
+        return
+    console = console or Console()
+    for row in shown:
+        console.print(_disagreement(row))
+    lenient = sum(row["outcome"] == "correct" for row in rows)
+    console.print(
+        Text(
+            f"{len(rows):,} disagreements logged: {lenient:,} right by the reward's verdict only,"
+            f" {len(rows) - lenient:,} by the second check only; {len(shown):,} shown"
+        )
+    )
+
+
+def _disagreement(row: dict[str, Any]) -> Panel:
+    style = "green" if row["outcome"] == "correct" else "red"
+    text = Text.assemble(
+        (f"… {row['tail']}\n", "dim"),
+        ("gold ", "bold"), row["gold"], ("   answer ", "bold"), row["answer"], "\n",
+        ("verdict ", "bold"), (f"{row['outcome']} ({row['method']})", style),
+        ("   second ", "bold"), f"{row['second']} ({row['second_method']})",
+    )  # fmt: skip
+    title = f"step {row['step']}  prompt {row['prompt_index']}  sample {row['sample_index']}"
+    return Panel(text, title=Text(f"{title}  {row['problem_id']}"), title_align="left", border_style=style)

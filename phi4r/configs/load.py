@@ -28,6 +28,14 @@ from phi4r.core.io import atomic_write_json
 from phi4r.families.registry import presets
 
 COMMAND_LINE = "command line"
+ENGINES_OF = {
+    "vllm.": ("vllm",),
+    "sampling.num_slots": ("embedded",),
+    "sampling.max_in_flight": ("vllm", "openai"),
+    "sampling.request_timeout_s": ("vllm", "openai"),
+    "sampling.max_failures": ("openai",),
+}
+"""Key, or how keys begin -> the engines that they have an effect on."""
 
 
 class Setting(NamedTuple):
@@ -360,6 +368,20 @@ def load_stage(stage: str, recipe: str | Path | None, overrides: Iterable[str] =
     _check_other_stages(source, [stage])
     config, sources = _build(stage, _layers(source, stage, given))
     return Loaded(stage, config, source, sources)
+
+
+def refuse_idle(loaded: Loaded) -> None:
+    """Raise ConfigError for a setting of the command line that has no effect with the engine or mode chosen
+    (a recipe may hold settings for several)."""
+    sampling, rollout = getattr(loaded.config, "sampling", None), getattr(loaded.config, "rollout", None)
+    for key, source in loaded.sources.items():
+        if source != COMMAND_LINE:
+            continue
+        engines = next((engines for prefix, engines in ENGINES_OF.items() if key.startswith(prefix)), None)
+        if sampling is not None and engines is not None and sampling.engine not in engines:
+            raise ConfigError(key, f"has no effect with sampling.engine {sampling.engine!r}", source)
+        if key == "rollout.max_policy_lag" and rollout is not None and rollout.mode != "continuous":
+            raise ConfigError(key, f"has no effect with rollout.mode {rollout.mode!r}", source)
 
 
 def load_pipeline(recipe: str | Path, overrides: Iterable[str] = ()) -> dict[str, Loaded]:

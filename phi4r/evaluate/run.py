@@ -26,8 +26,8 @@ from phi4r.evaluate.results import (
     write_results,
 )
 from phi4r.parallel.layout import broadcast_object, distributed_session, init_layout
-from phi4r.rl.audit import write_audit
 from phi4r.rl.problems import get_problems
+from phi4r.rl.rollout_log import write_audit
 from phi4r.sampling.service import open_service
 from phi4r.sampling.types import Response, to_responses
 from phi4r.tasks import grade_responses

@@ -121,6 +121,7 @@ class Collector:
     ) -> None:
         self.cfg, self.engine, self.verifier, self.tokenizer = cfg, engine, verifier, tokenizer
         self.problems, self.prompts, self.next_batch = problems, prompts, next_batch
+        self.reward = cfg.reward.resolved(cfg.sampling.max_new_tokens)
         self.order = open_order(cfg.rollout, cfg.seed, problems, next_batch, order_state)
         self.queue = PromptQueue(cfg, engine, self._requests, run_dir, next_batch, step)
 
@@ -172,8 +173,7 @@ class Collector:
         samples = to_samples(completions, prompts, cfg.rollout.group_size, self.tokenizer)
         graded = None
         if self.engine.layout.is_main:
-            settings = cfg.reward.resolved(cfg.sampling.max_new_tokens)
-            graded = grade(samples, problems, settings, self.verifier)
+            graded = grade(samples, problems, self.reward, self.verifier)
         verdicts, rewards = broadcast_object(graded)
         right = np.array([v.correct for v in verdicts]).reshape(len(items), -1).sum(1)
         self.order.record(self.next_batch, right.tolist(), cfg.rollout.group_size)

@@ -29,7 +29,6 @@ from phi4r.objectives.terms import kl_estimate
 from phi4r.parallel.layout import distributed_session, init_layout
 from phi4r.rewards.function import get_reward
 from phi4r.rl.advantages import advantages_of
-from phi4r.rl.audit import write_audit
 from phi4r.rl.batch import (
     policy_loss,
     response_documents,
@@ -39,7 +38,7 @@ from phi4r.rl.batch import (
 )
 from phi4r.rl.collect import Collector, Trajectory
 from phi4r.rl.problems import load_run_problems
-from phi4r.rl.rollout_log import write_rollouts
+from phi4r.rl.rollout_log import write_audit, write_rollouts
 from phi4r.sampling.open import open_rollout_engine
 from phi4r.train.engine import Engine, StepResult
 from phi4r.train.loop import open_loop
@@ -114,7 +113,7 @@ def update(
     groups without variance have no advantages, and what is left pulls on noise.
     """
     objective, temperature = cfg.objective, cfg.sampling.temperature
-    constant = cfg.reward.resolved(cfg.sampling.max_new_tokens).max_tokens
+    constant = cfg.reward.max_tokens or cfg.sampling.max_new_tokens
     documents = response_documents(
         [t.sample for t in trajectories],
         [t.advantage for t in trajectories],

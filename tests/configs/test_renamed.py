@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from phi4r.configs.load import from_tree, load_stage, prepare_run_dir
+from phi4r.configs.load import from_tree, load_stage, prepare_run_dir, refuse_idle
 from phi4r.configs.renamed import RENAMED, REPLACED, new_name
 from phi4r.core.errors import ConfigError
 
@@ -80,6 +80,30 @@ def test_an_old_key_is_refused_with_its_new_name(tmp_path: Path, old: str) -> No
     recipe.write_text(f"[{section}]\n{key} = 1\n")
     with pytest.raises(ConfigError, match=r"mine\.toml, line 2"):
         load_stage("rl", recipe)
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["vllm.num_servers=2"], "vllm.num_servers"),
+        (["sampling.max_in_flight=2"], "sampling.max_in_flight"),
+        (["sampling.engine=vllm", "sampling.num_slots=2"], "sampling.num_slots"),
+        (["sampling.engine=vllm", "sampling.max_failures=2"], "sampling.max_failures"),
+        (["rollout.max_policy_lag=2"], "rollout.max_policy_lag"),
+    ],
+)
+def test_a_setting_without_effect_is_refused(words: list[str], key: str) -> None:
+    with pytest.raises(ConfigError, match="has no effect with") as caught:
+        refuse_idle(load_stage("rl", "tiny", words))
+    assert caught.value.key == key
+
+
+def test_settings_with_an_effect_are_taken() -> None:
+    for words in (
+        ["sampling.num_slots=4"], ["sampling.engine=vllm", "vllm.num_servers=2", "sampling.max_in_flight=3"],
+        ["rollout.mode=continuous", "rollout.max_policy_lag=3", "objective.importance_cap=2"],
+    ):  # fmt: skip
+        refuse_idle(load_stage("rl", "tiny", words))
 
 
 def test_curation_takes_no_setting_that_it_would_ignore() -> None:

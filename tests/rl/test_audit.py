@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from phi4r.commands.rollouts import show_audit
 from phi4r.configs.load import load_stage
 from phi4r.configs.sections import ObjectiveConfig, RewardConfig
 from phi4r.core.errors import UserError
 from phi4r.core.io import read_jsonl
 from phi4r.core.problem import Problem
 from phi4r.evaluate.run import checker
-from phi4r.rl.audit import MAX_ROWS, show_audit, write_audit
 from phi4r.rl.collect import grade, rollout_metrics, to_trajectories
+from phi4r.rl.rollout_log import MAX_ROWS, write_audit
 from phi4r.sampling.types import Sample
 from phi4r.verify.pool import VerifierPool
 from phi4r.verify.strict import Verdict

@@ -86,21 +86,15 @@ def servers(
 
 
 @contextmanager
-def persistent_servers(words: list[str], python: str, folder: Path) -> Iterator[str]:
-    """Two servers with random weights for the model of the runs `phi4r WORDS`, ready for either way of
-    transfer; their addresses, as in vllm.addresses."""
-    run = load_stage("rl", "tiny", split_overrides(words)[1]).config
-    assert isinstance(run, RLConfig)
-    export_form(resolve_model(run.model, open_tokenizer(run.tokenizer)), folder / "form", (0,), None)
-    longest = run.rollout.max_prompt_tokens + run.sampling.max_new_tokens
-    config = VLLMConfig(num_servers=2, python=python, transfer="gloo")
+def serving(weights: Path, python: str, logs: Path, longest: int, transfer: str) -> Iterator[str]:
+    """Two servers that hold the Hugging Face folder `weights`; their addresses, as in vllm.addresses."""
+    config = VLLMConfig(num_servers=2, python=python, transfer=transfer)  # type: ignore[arg-type]
     servers = [
-        ServerProcess(number, config, "float32", longest, True, folder / f"{number}.log")
-        for number in range(2)
+        ServerProcess(number, config, "float32", longest, True, logs / f"{number}.log") for number in range(2)
     ]
     try:
         for server in servers:
-            server.start(folder / "form")
+            server.start(weights)
         until = time.monotonic() + START_S
         for server in servers:
             while not _is_healthy(server):
@@ -111,6 +105,18 @@ def persistent_servers(words: list[str], python: str, folder: Path) -> Iterator[
     finally:
         for server in servers:
             server.stop()
+
+
+@contextmanager
+def persistent_servers(words: list[str], python: str, folder: Path) -> Iterator[str]:
+    """Two servers with random weights for the model of the runs `phi4r WORDS`, ready for either way of
+    transfer."""
+    run = load_stage("rl", "tiny", split_overrides(words)[1]).config
+    assert isinstance(run, RLConfig)
+    export_form(resolve_model(run.model, open_tokenizer(run.tokenizer)), folder / "form", (0,), None)
+    longest = run.rollout.max_prompt_tokens + run.sampling.max_new_tokens
+    with serving(folder / "form", python, folder, longest, "gloo") as found:
+        yield found
 
 
 def _is_healthy(server: ServerProcess) -> bool:
