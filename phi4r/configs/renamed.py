@@ -29,7 +29,7 @@ def new_name(dotted: str) -> str:
 
 
 def upgraded(stage: str, tree: dict[str, Any]) -> dict[str, Any]:
-    """The tree of a run's config.json with today's keys."""
+    """The tree of a run's config.json with today's keys; one of today is left as it is."""
     new = {name: dict(value) if isinstance(value, dict) else value for name, value in tree.items()}
     for old, name in RENAMED.items():
         section, key = old.split(".")
@@ -42,7 +42,6 @@ def upgraded(stage: str, tree: dict[str, Any]) -> dict[str, Any]:
         rollout["mode"] = "continuous" if continuous else "one_step" if lag else "sync"
         if continuous:
             rollout["max_policy_lag"] = lag
-    if stage == "curate":
-        new.pop("rollout", None)  # its other keys never had an effect there
+    if stage == "curate" and new.pop("rollout", None) is not None:  # its other keys had no effect there,
         new.get("sampling", {}).pop("engine", None)  # nor had this one: the embedded engine sampled
     return new

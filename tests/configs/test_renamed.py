@@ -11,6 +11,7 @@ import pytest
 
 from phi4r.configs.load import from_tree, load_stage, prepare_run_dir, refuse_idle
 from phi4r.configs.renamed import RENAMED, REPLACED, new_name
+from phi4r.configs.schema import as_dict
 from phi4r.core.errors import ConfigError
 
 # The sections that changed, as 0.1.0 wrote them.
@@ -68,6 +69,14 @@ def test_evaluations_and_curations_of_0_1_0_load(tmp_path: Path) -> None:
     rollout = {**ROLLOUT, "engine": "vllm", "staleness": 1}
     config = load_stage("curate", write(tmp_path / "curate", "curate", rollout=rollout)).config
     assert (config.sampling.engine, config.sampling.num_slots) == ("embedded", 9)
+
+
+@pytest.mark.parametrize("stage", ["rl", "eval", "curate", "generate"])
+def test_a_tree_of_today_reaches_the_ranks_unchanged(stage: str) -> None:
+    words = ["sampling.engine=vllm", "sampling.max_in_flight=3", "sampling.top_k=0", "vllm.num_servers=2"]
+    config = load_stage(stage, "tiny", words).config
+    assert from_tree(stage, as_dict(config)) == config
+    assert config.sampling.engine == "vllm"
 
 
 @pytest.mark.parametrize("old", [*RENAMED, *REPLACED])
