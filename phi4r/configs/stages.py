@@ -274,6 +274,8 @@ class RLConfig:
             f"rollout.max_prompt_tokens + sampling.max_new_tokens = {longest} is beyond"
             f" model.max_position_embeddings ({self.model.max_position_embeddings})",
         )
+        reason = self.model.rotary.why_not_sampled(longest)
+        require(not reason, "sampling.max_new_tokens", f"prompts and answers of {reason}")
         check_precision(self.model, self.parallel, self.optimizer, self.train)
         require(
             self.train.fp8 == "off",

@@ -27,6 +27,17 @@ class Rotary:
         """Whether the rates depend on the length of a document."""
         return self.short != self.long
 
+    def why_not_sampled(self, longest: int) -> str:
+        """Why sequences of up to `longest` tokens cannot be sampled token by token: keys that were cached
+        under the short factors would meet queries under the long ones. "" if they can."""
+        if not self.switches or longest <= self.switch:
+            return ""
+        return (
+            f"{longest:,} tokens pass model.original_max_position_embeddings ({self.switch:,}), where"
+            " longrope changes the rates of keys that are cached already; expected equal model.rope_short_factors and"
+            " rope_long_factors, as in the preset phi4_mini_long, or fewer tokens"
+        )
+
     @classmethod
     def longrope(
         cls,

@@ -237,6 +237,8 @@ class EmbeddedEngine:
         meanwhile (`has_more`), on any replica. Returns what was begun or ended."""
         longest = max((len(one.request.prompt_tokens) for one in waiting), default=0) + options.max_new_tokens
         slots = min(self.num_slots, len(waiting))
+        if reason := self.engine.model_config.rotary.why_not_sampled(longest):
+            raise UserError(f"the embedded engine cannot sample this model: prompts and answers of {reason}")
         self._require_room(slots, longest)
         cache = KVCache(slots, longest, self.layout.device)
         left = sum(one.key[0] == needed for one in waiting)
