@@ -34,8 +34,8 @@ class Rotary:
             return ""
         return (
             f"{longest:,} tokens pass model.original_max_position_embeddings ({self.switch:,}), where"
-            " longrope changes the rates of keys that are cached already; expected model.rope_short_factors equal"
-            " to rope_long_factors, as in the preset phi4_mini_long, or fewer tokens"
+            " longrope changes the rates of keys that are cached already; expected model.rope_short_factors"
+            " equal to rope_long_factors, as in the preset phi4_mini_long, or fewer tokens"
         )
 
     @classmethod

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import torch
 
 INDEX = "model.safetensors.index.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+COMPARED_BYTES = 1 << 24
 SINGLE = "model.safetensors"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -176,7 +178,8 @@ class HFWeights:
         return cast(Dtype, _DTYPES[first][2])
 
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """UserError naming the first tensor that is missing, not expected, or of another shape."""
+        """UserError naming the first tensor that is missing, not expected, or of another shape. A head that
+        is tied to the embedding may stand beside it in the files if it is the same, byte for byte."""
         for name, shape in shapes.items():
             if name not in self.entries:
                 raise UserError(f"{self.folder}: tensor {name} is missing (expected shape {list(shape)})")
@@ -187,8 +190,25 @@ class HFWeights:
                     f"expected {list(shape)}"
                 )
         for name, entry in self.entries.items():
-            if name not in shapes:
+            if name == HEAD and name not in shapes:
+                self._check_tied(entry)
+            elif name not in shapes:
                 raise UserError(f"{entry.file}: tensor {name} has no place in a model of this config")
+
+    def _check_tied(self, head: Entry) -> None:
+        embedding = self.entries[EMBEDDING]
+        with open(head.file, "rb") as ours, open(embedding.file, "rb") as theirs:
+            ours.seek(head.start)
+            theirs.seek(embedding.start)
+            left = head.num_bytes
+            is_same = head.shape == embedding.shape
+            while is_same and left:
+                count = min(left, COMPARED_BYTES)
+                is_same, left = ours.read(count) == theirs.read(count), left - count
+        if not is_same:
+            raise UserError(
+                f"{head.file}: tensor {HEAD} differs from {EMBEDDING}, but tie_word_embeddings is true"
+            )
 
     def get_tensor(self, name: str) -> torch.Tensor:
         """One whole tensor, in the dtype of the file, in memory of its own."""

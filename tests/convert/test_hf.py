@@ -261,21 +261,21 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "longrope": (
         edit_config(rope_scaling={"type": "longrope", "short_factor": []}),
-        "RoPE scaling 'longrope'",
+        "rope_type is given twice: 'default' and 'longrope'",
     ),
     "longrope, transformers 5": (
         edit_config(rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}),
-        "RoPE scaling 'longrope'",
+        "longrope needs short_factor and long_factor, lists of numbers",
     ),
     "two thetas": (edit_config(rope_theta=1e4), "rope_theta is given twice: 250000.0 and 10000.0"),
-    "partial rotary": (edit_config(partial_rotary_factor=0.75), "partial_rotary_factor 0.75"),
+    "partial rotary": (edit_config(partial_rotary_factor=0.75), "partial_rotary_factor is given twice"),
     "sliding window": (
         edit_config(sliding_window=32),
         "sliding_window 32 is smaller than max_position_embeddings 64",
     ),
-    "tied embeddings": (edit_config(tie_word_embeddings=True), "tied embeddings"),
+    "tied embeddings": (edit_config(tie_word_embeddings=True), "tensor lm_head.weight differs from"),
     "float16": (edit_config(dtype="float16"), "dtype 'float16'"),
-    "two reasons at once": (edit_config(tie_word_embeddings=True, sliding_window=1), "; sliding_window 1"),
+    "two reasons at once": (edit_config(mlp_bias=True, sliding_window=1), "64; mlp_bias True"),
     "size missing": (edit_config(hidden_size=None), "hidden_size: missing"),
     "context missing": (
         edit_config(max_position_embeddings=None, sliding_window=16),

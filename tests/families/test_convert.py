@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -167,3 +167,19 @@ def test_a_window_that_is_switched_off_is_none() -> None:
         model_config(off | {"use_sliding_window": True}, "config.json")
     with pytest.raises(UserError, match="layer_types sliding_attention is not supported"):
         model_config(raw | {"layer_types": ["full_attention", "sliding_attention"]}, "config.json")
+
+
+def test_a_tied_head_in_the_files_must_be_the_embedding(tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    make("qwen3_tied", folder)
+    tensors = stored(folder)
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file({**tensors, "lm_head.weight": head}, folder / "model.safetensors")
+    hf_to_phi4r(folder, tmp_path / "phi4r")
+    head[-1, -1] += 1
+    save_file({**tensors, "lm_head.weight": head}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"tensor lm_head.weight differs from model.embed_tokens.weight"):
+        hf_to_phi4r(folder, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
