@@ -94,10 +94,10 @@ def cycle_in(graph: Mapping[str, set[str]]) -> list[str]:
     return []
 
 
-def files(folder: str) -> list[Path]:
-    """The Python files under ROOT/folder, or the file itself."""
+def files(folder: str, pattern: str = "*.py") -> list[Path]:
+    """The files under ROOT/folder (Python's by default), or the file itself."""
     path = ROOT / folder
-    return [path] if path.suffix == ".py" else sorted(path.rglob("*.py"))
+    return [path] if path.suffix == ".py" else sorted(path.rglob(pattern))
 
 
 def package_of(path: Path) -> str:
@@ -204,3 +204,21 @@ def test_every_package_says_what_lives_in_it() -> None:
     for folder in (ROOT / "phi4r").iterdir():
         if folder.is_dir() and list(folder.glob("*.py")):
             assert (folder / "__init__.py").exists(), f"{folder} is no package"
+
+
+# Documents that are not in the repository: a reader can look up none of these.
+ABSENT = re.compile(r"reference\s+section|design\s+contract|\bdesign\.md|\bspikes/|\bspikes\.md|style\.md")
+
+
+def test_nothing_cites_a_document_that_is_not_in_the_repository() -> None:
+    places = [
+        path for name in ("phi4r", "kernels", "launch", "docs", "benchmarks") for path in files(name, "*")
+    ]
+    places += [path for path in ROOT.glob("*.*") if path.suffix in (".md", ".toml")]
+    cited = {}
+    for path in places:
+        if path.suffix in (".py", ".md", ".toml", ".sh", ".sbatch", ".cpp", ".h"):
+            found = ABSENT.search(path.read_text(encoding="utf-8"))
+            if found:
+                cited[str(path.relative_to(ROOT))] = found[0]
+    assert not cited

@@ -80,8 +80,9 @@ def wire(folder: Path, overrides: Sequence[str]) -> Pipeline:
 
 
 def use_cores(config: Any) -> Any:
-    """An SFT or RL config with a second data-parallel rank where there is a second CPU core: the same losses
-    (design contract 3), sooner. On a GPU the models are in fp32, because megatron-core has no fp64 there.
+    """An SFT or RL config with a second data-parallel rank where there is a second CPU core: the losses, sums
+    over tokens divided by their counts, stay the same. On a GPU the models are in fp32, because megatron-core
+    has no fp64 there.
     """
     # torch takes a second to import, and only a run needs to know.
     import torch

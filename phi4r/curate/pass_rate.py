@@ -1,5 +1,4 @@
-"""How often a model solves a problem: the difficulty that curation keeps its teachable band by (reference
-section 2)."""
+"""How often a model solves a problem: the difficulty by which curation keeps its teachable band."""
 
 from __future__ import annotations
 

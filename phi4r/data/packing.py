@@ -4,7 +4,7 @@
     one)
 
 A row is one packed ("thd") sequence: `cu_seqlens` says where its documents begin and end, positions restart
-at each, and nothing may look across a boundary (design contract 2). The shift from tokens to labels happens
+at each, and nothing may look across a boundary. The shift from tokens to labels happens
 here and nowhere else: position t of a row predicts token t+1 of the *same* document, so the last token of a
 document predicts nothing, and masks and extras, which documents carry on their target tokens, move one to the
 left with the labels.

@@ -1,4 +1,4 @@
-"""Messages to ids and loss mask: the one place where a conversation becomes tokens (design contract 1).
+"""Messages to ids and loss mask: the one place where a conversation becomes tokens.
 
 The template is that of the tokenizer's family (`ChatFormat`). Phi-4's, without newlines, is
 `<|im_start|>{role}<|im_sep|>{content}<|im_end|>` per turn; a prompt to be answered ends with

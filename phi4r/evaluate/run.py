@@ -1,5 +1,4 @@
-"""`phi4r eval`: repeated runs over a set of problems, their statistics, and a paired comparison (reference
-section 5).
+"""`phi4r eval`: repeated runs over a set of problems, their statistics, and a paired comparison.
 
 The one module of this folder that samples from a model; the others work on result files.
 """

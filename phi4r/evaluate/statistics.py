@@ -70,7 +70,7 @@ def _check_k(k: int, num_runs: int) -> None:
 
 
 def avg_at_k(correct_QR: ArrayLike) -> float:
-    """Mean accuracy over problems and runs: the mean pass@1 over R runs (reference section 5)."""
+    """Mean accuracy over problems and runs: the mean pass@1 over R runs."""
     return float(as_matrix(correct_QR, "correct").mean())
 
 
@@ -78,7 +78,7 @@ def pass_at_k(correct_QR: ArrayLike, k: int) -> Floats:
     """Unbiased pass@k per problem, float64 [Q]: `1 - C(n - c, k) / C(n, k)` for c right answers in n = R
     runs.
 
-    (Chen et al. 2021; reference section 5.) It is the chance that k answers drawn without replacement from
+    (Chen et al. 2021.) It is the chance that k answers drawn without replacement from
     the n hold at least one right one, so SciPy's hypergeometric survival function computes it without large
     factorials. The plug-in `1 - (1 - c/n)^k` would be biased low. Best-of-k in the paper's words. ValueError
     unless 1 <= k <= R.

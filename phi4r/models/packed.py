@@ -1,4 +1,4 @@
-"""What travels beside the hidden states of one packed row to every pipeline stage (design contract 2).
+"""What travels beside the hidden states of one packed row to every pipeline stage.
 
 `PackedContext` is megatron-core's `PackedSeqParams` with what our core attention needs on top, so it
 reaches each layer through megatron's own argument. Masks and rotary tables are made once per row and shared

@@ -1,4 +1,4 @@
-"""GRPO on verifiable problems (reference section 4): the loop that made Phi-4-reasoning-plus.
+"""GRPO on verifiable problems: the loop that made Phi-4-reasoning-plus.
 
     give the engine the weights -> choose prompts -> roll out group_size samples -> verify and reward ->
     advantages -> reference log-probs -> packed rows -> one or more optimizer steps -> log

@@ -5,7 +5,7 @@ the longest answer does not idle the rest. Every (data-parallel, context-paralle
 the requests; the ranks of one model copy (TP x PP) work in lockstep, and the last pipeline stage draws each
 token and tells the others.
 
-Seeds are counters (design contract 4): a request's key alone fixes its stream of uniform numbers, so the
+Seeds are counters (`core.seeds`): a request's key alone fixes its stream of uniform numbers, so the
 same samples come out whatever the number of slots, the order, or the layout.
 
 Batches stay open until they are finished: while the engine finishes one, free slots sample the later ones,

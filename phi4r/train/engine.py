@@ -3,7 +3,7 @@
 `train_step` takes one optimizer step on packed rows, `forward` gives per-token values without gradients,
 `evaluate` sums a loss. All ranks are given the same list of rows and take their share, so a result never
 depends on the layout: a loss is a sum over tokens and a count, both reduced over all ranks before the
-division (design contract 3).
+division.
 """
 
 from __future__ import annotations

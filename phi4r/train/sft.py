@@ -1,5 +1,4 @@
-"""Supervised fine-tuning: packed chat documents, cross-entropy on the assistant's tokens (reference section
-3)."""
+"""Supervised fine-tuning: packed chat documents, cross-entropy on the assistant's tokens."""
 
 from __future__ import annotations
 
