@@ -14,6 +14,8 @@ dealt to ranks by the same code as the tokens:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +25,7 @@ from phi4r_kernels.linear_loss.tokens import MAX_LOG_RATIO
 from torch import Tensor
 
 from phi4r.configs.sections import ObjectiveConfig
-from phi4r.data.packing import Document
+from phi4r.data.packing import Document, PackedRow, pack
 from phi4r.objectives.objective import PolicyObjective
 from phi4r.objectives.selection import by_covariance, top_entropy
 from phi4r.objectives.terms import bounded, kl_estimate, normalization_weights
@@ -65,55 +67,65 @@ def response_documents(
     return documents
 
 
+def pack_updates(
+    documents: Sequence[Document], parts: Sequence[npt.NDArray[np.int64]], length: int
+) -> list[list[PackedRow]]:
+    """The rows of each update, whose documents are `parts`. `doc_index` counts through all documents."""
+    updates = []
+    for part in parts:
+        numbers = np.append(part, -1).astype(np.int32)  # padding, -1, finds the last
+        rows = pack([documents[index] for index in part], length)
+        updates.append([replace(row, doc_index=numbers[row.doc_index]) for row in rows])
+    return updates
+
+
 def with_extra(
-    documents: Sequence[Document], name: str, values: Sequence[npt.NDArray[np.float32]]
-) -> list[Document]:
-    """The documents with one more extra, float32 per token each (`packing.unpack` gives them so)."""
+    rows: Sequence[PackedRow], name: str, values: Sequence[npt.NDArray[Any]] | npt.NDArray[Any]
+) -> list[PackedRow]:
+    """The rows with one more extra; values: one array [T] a row, aligned with its labels."""
     return [
-        Document(document.tokens, document.loss_mask, {**document.extras, name: value.astype(np.float32)})
-        for document, value in zip(documents, values, strict=True)
+        replace(row, extras={**row.extras, name: value.astype(np.float32)})
+        for row, value in zip(rows, values, strict=True)
     ]
 
 
-def with_entropy_weights(documents: Sequence[Document]) -> list[Document]:
-    """The documents of one update with weights of their entropies that make the loss's share of them a mean
-    over tokens: count / tokens, which the division by the count takes back."""
-    trained = [document.extras["weights"] != 0 for document in documents]
-    count = sum(float(document.extras["counts"].sum()) for document in documents)
+def with_entropy_weights(rows: Sequence[PackedRow]) -> list[PackedRow]:
+    """The rows of one update with weights of their entropies that make the loss's share of them a mean over
+    tokens: count / tokens, which the division by the count takes back."""
+    trained = [row.extras["weights"] != 0 for row in rows]
+    count = sum(float(row.extras["counts"].sum()) for row in rows)
     weight = count / max(sum(int(each.sum()) for each in trained), 1)
-    return with_extra(documents, "entropy_weights", [each * np.float32(weight) for each in trained])
+    return with_extra(rows, "entropy_weights", [each * np.float32(weight) for each in trained])
 
 
 def with_selected_tokens(
-    documents: Sequence[Document],
-    entropies: Sequence[npt.NDArray[np.float32]],
+    rows: Sequence[PackedRow],
+    entropies_RT: npt.NDArray[np.float32],
     settings: ObjectiveConfig,
     random: np.random.Generator,
-) -> list[Document]:
-    """The documents of a step, which have old_logprobs, with the tokens that the objective chooses among
-    them all. entropies: one array a document, before the first update."""
-    trained = [document.extras["weights"] != 0 for document in documents]
+) -> list[PackedRow]:
+    """The rows of a step, which have old_logprobs, with the tokens that the objective chooses among them all.
+    entropies_RT: before the first update."""
+    trained_RT = np.stack([row.extras["weights"] for row in rows]) != 0
+    result = list(rows)
 
-    def over_all(values: Sequence[npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
-        return np.concatenate([value[each] for value, each in zip(values, trained, strict=True)])
+    def marked(chosen_N: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
+        marks_RT = np.zeros(trained_RT.shape, dtype=np.float32)
+        marks_RT[trained_RT] = chosen_N
+        return marks_RT
 
-    def per_document(chosen_N: npt.NDArray[np.bool_]) -> list[npt.NDArray[np.float32]]:
-        marks = [np.zeros(len(each), dtype=np.float32) for each in trained]
-        parts = np.split(chosen_N, np.cumsum([each.sum() for each in trained])[:-1])
-        for mark, each, part in zip(marks, trained, parts, strict=True):
-            mark[each] = part
-        return marks
-
-    result = list(documents)
-    if not sum(int(each.sum()) for each in trained):
-        return with_extra(with_extra(result, "top_entropy", trained), "selected", trained)
+    if not trained_RT.any():
+        return with_extra(with_extra(result, "top_entropy", trained_RT), "selected", trained_RT)
     if settings.top_entropy < 1:
-        chosen_N = top_entropy(over_all(entropies), settings.top_entropy)
-        result = with_extra(result, "top_entropy", per_document(chosen_N))
+        chosen_N = top_entropy(entropies_RT[trained_RT], settings.top_entropy)
+        result = with_extra(result, "top_entropy", marked(chosen_N))
     if settings.surrogate in ("clip_cov", "kl_cov"):
-        old, advantages = ([d.extras[n] for d in documents] for n in ("old_logprobs", "advantages"))
-        chosen_N = by_covariance(over_all(old), over_all(advantages), settings, random)
-        result = with_extra(result, "selected", per_document(chosen_N))
+        old_N, advantages_N = (
+            np.stack([row.extras[name] for row in rows])[trained_RT]
+            for name in ("old_logprobs", "advantages")
+        )
+        chosen_N = by_covariance(old_N, advantages_N, settings, random)
+        result = with_extra(result, "selected", marked(chosen_N))
     return result
 
 

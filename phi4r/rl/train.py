@@ -1,7 +1,7 @@
 """GRPO on verifiable problems: the loop that made Phi-4-reasoning-plus.
 
     give the engine the weights -> choose prompts -> roll out group_size samples -> verify and reward ->
-    advantages -> reference log-probs -> packed rows -> one or more optimizer steps -> log
+    advantages -> packed rows -> reference and old log-probs, where needed -> optimizer steps -> log
 
 Every sample of a step comes from the weights that the step begins with or, unless `rollout.mode` is sync,
 from weights of a bounded policy lag (`rl.queue`). With one update per rollout the old policy is the
@@ -12,6 +12,7 @@ that sampled it differs by.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,12 +25,13 @@ from phi4r.configs.sections import RolloutConfig
 from phi4r.configs.stages import RLConfig
 from phi4r.core.console import say
 from phi4r.core.seeds import Stream, epoch_order
-from phi4r.data.packing import Document, PackedRow, pack, unpack
+from phi4r.data.packing import Document, PackedRow
 from phi4r.objectives.terms import kl_estimate
 from phi4r.parallel.layout import distributed_session, init_layout
 from phi4r.rewards.function import get_reward
 from phi4r.rl.advantages import advantages_of
 from phi4r.rl.batch import (
+    pack_updates,
     policy_loss,
     response_documents,
     with_entropy_weights,
@@ -120,38 +122,44 @@ def update(
         objective,
         constant,
     )
-    length = row_length(cfg, documents)
+    num_updates = objective.updates_per_rollout
+    updates = pack_updates(
+        documents, deal(len(documents), num_updates, cfg.seed, step), row_length(cfg, documents)
+    )
+    rows = [row for part in updates for row in part]
     if reference is not None:
-        documents, _ = add_logprobs(documents, "ref_logprobs", reference, length, temperature)
+        rows = with_extra(rows, "ref_logprobs", reference.forward(rows, temperature=temperature)[0])
     metrics: dict[str, Any] = {}
     if objective.needs_old:
-        documents, entropies = add_logprobs(documents, "old_logprobs", policy, length, temperature)
+        old_RT, entropies_RT = policy.forward(rows, temperature=temperature, with_entropy=True)
+        rows = with_extra(rows, "old_logprobs", old_RT)
         if objective.kl_in_reward:
-            documents, metrics = subtract_kl(documents, trajectories, cfg)
+            rows, metrics = subtract_kl(rows, trajectories, cfg)
         if objective.selects_tokens:
             random = np.random.default_rng([cfg.seed, Stream.SELECTED_TOKENS, step])
-            documents = with_selected_tokens(documents, entropies, objective, random)
-    num_updates = objective.updates_per_rollout
+            rows = with_selected_tokens(rows, entropies_RT, objective, random)
     loss = policy_loss(objective, on_policy=num_updates == 1, gap_threshold=cfg.rollout.gap_threshold)
     lr = learning_rate(cfg.optimizer, step, cfg.train.num_steps)
-    results = []
-    for part in deal(documents, num_updates, cfg.seed, step):
-        rows = pack(with_entropy_weights(part) if objective.entropy_mean == "token" else part, length)
+    results, left = [], iter(rows)
+    for part in updates:
+        batch = list(itertools.islice(left, len(part)))
+        batch = with_entropy_weights(batch) if objective.entropy_mean == "token" else batch
         if informative:
-            result = policy.train_step(rows, loss, lr, temperature=temperature, with_entropy=True)
-            check(step, result, rows, temperature)
+            result = policy.train_step(batch, loss, lr, temperature=temperature, with_entropy=True)
+            check(step, result, batch, temperature)
         else:
-            result = policy.evaluate(rows, loss, temperature=temperature, with_entropy=True)
+            result = policy.evaluate(batch, loss, temperature=temperature, with_entropy=True)
         results.append(result)
     return {**metrics, **update_metrics(results), "lr": lr}
 
 
-def deal(documents: Sequence[Document], num_updates: int, seed: int, step: int) -> list[list[Document]]:
-    """The documents in `num_updates` parts of nearly equal size, shuffled by the counters (seed, step)."""
+def deal(num_documents: int, num_updates: int, seed: int, step: int) -> list[np.ndarray]:
+    """The indices of the documents in `num_updates` parts of nearly equal size, shuffled by the counters
+    (seed, step)."""
     if num_updates == 1:
-        return [list(documents)]
-    order = epoch_order(seed, Stream.UPDATES, step, len(documents))
-    return [[documents[i] for i in part] for part in np.array_split(order, num_updates) if len(part)]
+        return [np.arange(num_documents)]
+    order = epoch_order(seed, Stream.UPDATES, step, num_documents)
+    return [part for part in np.array_split(order, num_updates) if len(part)]
 
 
 def row_length(cfg: RLConfig, documents: Sequence[Document]) -> int:
@@ -161,42 +169,24 @@ def row_length(cfg: RLConfig, documents: Sequence[Document]) -> int:
     return cfg.parallel.fit_row(max(longest, possible, cfg.rollout.row_tokens))
 
 
-def add_logprobs(
-    documents: Sequence[Document], name: str, engine: Engine, length: int, temperature: float
-) -> tuple[list[Document], list[np.ndarray]]:
-    """The documents with the log-probs of their targets under `engine` as extra `name`, and the entropies of
-    each."""
-    rows: list[PackedRow] = pack(documents, length)
-    logprobs, entropies = (
-        unpack(rows, list(values), documents)
-        for values in engine.forward(rows, temperature=temperature, with_entropy=True)
-    )
-    return with_extra(documents, name, logprobs), entropies
-
-
 def subtract_kl(
-    documents: Sequence[Document], trajectories: Sequence[Trajectory], cfg: RLConfig
-) -> tuple[list[Document], dict[str, Any]]:
-    """The documents with the advantages of rewards from which kl_coef times the answer's KL estimate is
-    subtracted, and the mean of these as metric `reward_kl`."""
-    kl = [
-        float(
-            kl_estimate(
-                torch.from_numpy(d.extras["old_logprobs"] - d.extras["ref_logprobs"])[d.loss_mask].double(),
-                cfg.objective.kl_estimator,
-            ).sum()
-        )
-        for d in documents
-    ]
+    rows: Sequence[PackedRow], trajectories: Sequence[Trajectory], cfg: RLConfig
+) -> tuple[list[PackedRow], dict[str, Any]]:
+    """The rows with the advantages of rewards from which kl_coef times the answer's KL estimate is
+    subtracted, and the mean of these estimates as metric `reward_kl`."""
+    kl = np.zeros(len(trajectories))
+    for row in rows:
+        targets = row.loss_mask > 0
+        difference = (row.extras["old_logprobs"] - row.extras["ref_logprobs"])[targets].astype(np.float64)
+        estimate = kl_estimate(torch.from_numpy(difference), cfg.objective.kl_estimator)
+        np.add.at(kl, row.doc_index[targets], estimate.numpy())
     shape = (-1, cfg.rollout.group_size)
-    rewards = np.array([t.reward.total for t in trajectories]) - cfg.objective.kl_coef * np.array(kl)
+    rewards = np.array([t.reward.total for t in trajectories]) - cfg.objective.kl_coef * kl
     lengths = np.array([t.sample.num_tokens for t in trajectories])
     groups = advantages_of(rewards.reshape(shape), lengths.reshape(shape), cfg.objective)
-    values = [
-        np.where(d.loss_mask, advantage, 0.0)
-        for d, advantage in zip(documents, groups.advantages.ravel(), strict=True)
-    ]
-    return with_extra(documents, "advantages", values), {"reward_kl": float(np.mean(kl))}
+    advantages = groups.advantages.ravel()
+    values = [np.where(row.loss_mask > 0, advantages[row.doc_index], 0.0) for row in rows]
+    return with_extra(rows, "advantages", values), {"reward_kl": float(np.mean(kl))}
 
 
 def update_metrics(results: Sequence[StepResult]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from phi4r.data.packing import Document, pack, unpack
 from phi4r.models.names import from_mcore, load_weights, local_weights, random_weights
 from phi4r.objectives.terms import Normalization
 from phi4r.parallel.layout import init_layout
-from phi4r.rl.batch import policy_loss, response_documents, with_extra
+from phi4r.rl.batch import pack_updates, policy_loss, response_documents
 from phi4r.sampling.types import Sample
 from phi4r.train.engine import Engine, StepResult
 
@@ -177,6 +178,18 @@ def reference(
     return total / count
 
 
+def test_the_rows_of_all_updates_hold_every_document_once_under_its_number() -> None:
+    made = documents("token")
+    parts = [np.array([4, 0, 2]), np.array([1, 3, *range(5, len(made))])]
+    updates = pack_updates(made, parts, ROW)
+    for part, rows in zip(parts, updates, strict=True):
+        assert sorted({int(i) for row in rows for i in row.doc_index if i >= 0}) == sorted(part.tolist())
+    found = [row for rows in updates for row in rows]
+    for index, document in enumerate(made):
+        (tokens,) = (row.input_ids[row.doc_index == index] for row in found if index in row.doc_index)
+        assert tokens.tolist() == document.tokens.tolist()
+
+
 def make_engine() -> Engine:
     settings, optimizer = TrainConfig(logit_chunk_size=11), OptimizerConfig(clip_grad=0.0)
     engine = Engine(MODEL, ParallelConfig(), init_layout(ParallelConfig()), settings, optimizer)
@@ -192,7 +205,10 @@ def add(made: list[Document], name: str, values: list[np.ndarray]) -> list[Docum
         array = np.full(len(document.tokens), 77.0, dtype=np.float32)
         array[len(array) - len(value) :] = value
         full.append(array)
-    return with_extra(made, name, full)
+    return [
+        replace(document, extras={**document.extras, name: value})
+        for document, value in zip(made, full, strict=True)
+    ]
 
 
 def policy_logprobs(engine: Engine, temperature: float) -> list[np.ndarray]:
