@@ -5,15 +5,18 @@ r"""The verifier on labelled answers, by category, and on long responses: rows i
 The labels are in verifier_cases.jsonl, one case a line: `category`, `gold`, `correct` (a person's label: is
 it the same answer?), and either `answer`, put into a \boxed{} after a short think block, or the whole
 `response`; with `repeat`, that many times over. The category "gsm8k" takes each gold answer of GSM8K's file,
-writes it in the ways that mean the same, and spoils it in those that do not. "long" is `--num-long` responses
-of `--long-tokens` tokens (4 characters each), whose answers are taken from the cases in turn, hostile ones
-left out.
+writes it in the ways that mean the same, and spoils it in those that do not. "strangers" are labelled answers
+that nobody tuned for, from a file outside the repository (`label`, `gold`, `response`). "long" is
+`--num-long` responses of `--long-tokens` tokens (4 characters each), whose answers are taken from the cases
+in turn, hostile ones left out.
 
 Columns: date (UTC), commit, dirty, cpu, workers, category, cases, accuracy (outcome "correct" exactly where
 the label says so), false_positives (called correct, and is not), false_negatives (correct, and called wrong
 or not found), undecided (time-outs and errors), disagreements (of the audit's second check), median_ms and
-max_ms of one case, seconds of all of them in one batch, audit_seconds of the second check of all of them. The
-table in docs/verifier.md is written from the rows.
+max_ms of one case, seconds of all of them in one batch, audit_seconds of the second check of them all;
+alone_*: math-verify by itself, as it comes, on the same extracted answers (what is too complex or late is
+undecided; empty where it was not asked: gsm8k and long). The table in docs/verifier.md is written from the
+rows.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from phi4r.core.io import atomic_write_text
 from phi4r.verify.audit import disagrees, with_second
 from phi4r.verify.extract import gold_answer
 from phi4r.verify.pool import VerifierPool
-from phi4r.verify.strict import Verdict
+from phi4r.verify.strict import SymbolicQuestion, Verdict, is_too_complex
 
 CASES = Path(__file__).parent / "verifier_cases.jsonl"
 DOCS = Path(__file__).parents[1] / "docs" / "verifier.md"
@@ -42,7 +45,13 @@ GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k_train.jsonl"
 COLUMNS = [
     "date", "commit", "dirty", "cpu", "workers", "category", "cases", "accuracy", "false_positives",
     "false_negatives", "undecided", "disagreements", "median_ms", "max_ms", "seconds", "audit_seconds",
+    "alone_false_positives", "alone_false_negatives", "alone_undecided", "alone_seconds",
 ]  # fmt: skip
+STRANGERS = GSM8K.with_name("verifier_strangers.jsonl")
+NOT_ALONE = ("gsm8k", "long")
+"""Categories that math-verify alone is not asked about: minutes, or the answers of the others once more."""
+ALONE_SECONDS = 300.0
+UNREAD = "math_verify_unread"
 CHARS_PER_TOKEN = 4
 NUM_SINGLE = 64
 """Cases of a category that are timed one by one."""
@@ -124,6 +133,18 @@ def gsm8k_cases(path: Path) -> list[Case]:
     ]
 
 
+def strangers_cases(path: Path) -> list[Case]:
+    """The labelled answers of a file of strangers; none where the file is not there."""
+    if not path.is_file():
+        say(f"{path}: not there, so no row for strangers (--strangers FILE)")
+        return []
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return [
+        {"category": "strangers", "gold": row["gold"], "response": row["response"], "correct": row["label"]}
+        for row in rows
+    ]
+
+
 def long_response(response: str, num_tokens: int, seed: int) -> str:
     """`response` with a think block of about `num_tokens` tokens of arithmetic before it."""
     random = np.random.default_rng(seed)
@@ -155,6 +176,29 @@ def count(cases: Sequence[Case], verdicts: Sequence[Verdict]) -> dict[str, Any]:
     }
 
 
+def alone(pool: VerifierPool, cases: Sequence[Case], verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """Counts and time of math-verify by itself on the answers that were extracted."""
+    pairs = [
+        (case["correct"], SymbolicQuestion(gold_answer(case["gold"]), verdict.answer, "plain"))
+        for case, verdict in zip(cases, verdicts, strict=True)
+        if verdict.answer is not None
+    ]
+    asked = [(label, q) for label, q in pairs if not (is_too_complex(q.gold) or is_too_complex(q.answer))]
+    began = time.perf_counter()
+    found = pool.ask([question for _, question in asked], ALONE_SECONDS)
+    seconds = time.perf_counter() - began
+    outcomes = [(label, verdict.outcome) for (label, _), verdict in zip(asked, found, strict=True)]
+    return {
+        "alone_false_positives": sum(not label and out == "correct" for label, out in outcomes),
+        "alone_false_negatives": sum(label and out == "wrong" for label, out in outcomes)
+        + sum(label and v.method == UNREAD for (label, _), v in zip(asked, found, strict=True)),
+        "alone_undecided": len(pairs)
+        - len(asked)
+        + sum(v.outcome in ("timeout", "error") and v.method != UNREAD for v in found),
+        "alone_seconds": round(seconds, 3),
+    }
+
+
 def measure(pool: VerifierPool, name: str, cases: Sequence[Case]) -> tuple[dict[str, Any], list[Verdict]]:
     """Counts and times of `cases`: in one batch, the audit of it, and some one by one."""
     jobs = [(case["gold"], case["response"]) for case in cases]
@@ -174,6 +218,7 @@ def measure(pool: VerifierPool, name: str, cases: Sequence[Case]) -> tuple[dict[
         single.append(1e3 * (time.perf_counter() - began))
     return {
         **count(cases, verdicts),
+        **(alone(pool, cases, verdicts) if name not in NOT_ALONE else {}),
         "median_ms": round(float(np.median(single)), 3),
         "max_ms": round(max(single), 1),
         "seconds": round(seconds, 3),
@@ -190,7 +235,8 @@ def table_lines(rows: Sequence[Mapping[str, str]]) -> list[str]:
     """The table of docs/verifier.md for the rows of one run."""
     names = (
         "cases", "accuracy", "false_positives", "false_negatives", "undecided", "disagreements", "median_ms",
-        "max_ms", "seconds", "audit_seconds",
+        "max_ms", "seconds", "audit_seconds", "alone_false_positives", "alone_false_negatives",
+        "alone_undecided", "alone_seconds",
     )  # fmt: skip
     head = ["category", *(name.replace("_", " ") for name in names)]
     cells = [[row["category"], *(str(row[name]) for name in names)] for row in rows]
@@ -213,6 +259,7 @@ def main() -> int:
     parser.add_argument("--num-long", type=int, default=512)
     parser.add_argument("--long-tokens", type=int, default=14_000)
     parser.add_argument("--gsm8k", type=Path, default=GSM8K, help="GSM8K's training file")
+    parser.add_argument("--strangers", type=Path, default=STRANGERS, help="labelled answers of strangers")
     parser.add_argument("--dry-run", action="store_true", help="measure and print, write nothing")
     options = parser.parse_args()
     cases = read_cases()
@@ -221,6 +268,8 @@ def main() -> int:
         groups.setdefault(case["category"], []).append(case)
     if gsm8k := gsm8k_cases(options.gsm8k):
         groups["gsm8k"] = gsm8k
+    if strangers := strangers_cases(options.strangers):
+        groups["strangers"] = strangers
     groups["long"] = long_cases(cases, options.num_long, options.long_tokens)
     rows, common = [], {**provenance("phi4r"), "workers": options.workers}
     with VerifierPool(options.workers) as pool:

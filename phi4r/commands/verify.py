@@ -1,13 +1,13 @@
 """`phi4r verify` and `phi4r reward`: grade a file of responses, or work out every part of their rewards.
 
-    verify   {"gold": str, "response": str} -> {"outcome": str, "answer": str}, with an audit also
+    verify   {"gold": str or [str], "response": str} -> {"outcome": str, "answer": str}, with an audit also
              {"method": str, "second": str, "second_method": str, "disagrees": bool}
     reward   {"gold": str, "response": str, "num_tokens": int, "finished": bool, "tokens"?: [int]}
              -> {"outcome", "answer", "method", "repetition_unit", and every field of `RewardParts`}
 
-`answer` is the extracted text, "" if there is none; an `id` in a row is passed on. The n-grams of the
-repetition penalty are counted over `tokens` where a row has them (as in training), else over the response's
-words and signs.
+Of several gold answers one is enough; an audit does not check such rows. `answer` is the extracted text, ""
+if there is none; an `id` in a row is passed on. The n-grams of the repetition penalty are counted over
+`tokens` where a row has them (as in training), else over the response's words and signs.
 """
 
 from __future__ import annotations
@@ -94,8 +94,10 @@ def _text_field(row: Row, name: str) -> str:
 
 
 def _check_verify_row(row: Row) -> None:
-    if not _text_field(row, "gold").strip():
-        raise _BadFieldError("gold", "empty (expected the right answer)")
+    golds = row.get("gold")
+    for gold in golds if isinstance(golds, list) and golds else [golds]:
+        if not _text_field({"gold": gold} if "gold" in row else {}, "gold").strip():
+            raise _BadFieldError("gold", "empty (expected the right answer)")
     _text_field(row, "response")
 
 

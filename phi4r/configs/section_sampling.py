@@ -185,6 +185,9 @@ class RewardConfig:
     """Weight of DAPO's soft punishment of responses near the length limit, right or wrong (0: off)."""
     overlong_tokens: int = 0
     """How far below max_tokens that punishment begins (0: a fifth of it)."""
+    answer_style: Literal["boxed", "line", "tag"] = "boxed"
+    """Where the answer of a response stands: "boxed" (the last box), "line" (the last line `Answer: X`) or
+    "tag" (the last `<answer>X</answer>`). With the last two, boxes do not count."""
     verifier_timeout_s: float = 5.0
     """Seconds a single answer may be checked for; then its outcome is "timeout"."""
     verifier_workers: int = 2

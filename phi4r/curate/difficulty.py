@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 from phi4r.core.errors import ConfigError
 from phi4r.core.problem import Problem
 from phi4r.curate.stage import Removed, StageResult, split
+from phi4r.verify.strict import classes, same_answer
 
 SamplePassRate = Callable[[Sequence[Problem], int], np.ndarray]
 """(problems, k) -> pass rates float64[P] in [0, 1]: k samples each, from the model that measures
@@ -73,30 +75,21 @@ def teachable_band(
 
 
 def plurality(
-    answers: Sequence[str | None], same: Callable[[str, str], bool] | None = None
+    answers: Sequence[str | None], same: Callable[[str, str], bool | None] | None = None
 ) -> tuple[str, float]:
     """The most frequent answer among the samples of one problem, and the share of all samples that agree
     with it.
 
     None is a sample without an answer: it never wins, but counts among the samples. `same` decides equality
-    (default: equal after removing outer white space); ties go to the answer that came first. No answer at
-    all: ("", 0.0).
+    (default: the reward's; where only algebra can tell, answers are different); ties go to the answer that
+    came first. No answer at all: ("", 0.0).
     """
-    equal = same or (lambda a, b: a.strip() == b.strip())
-    clusters: list[tuple[str, int]] = []
-    for answer in answers:
-        if answer is None:
-            continue
-        for position, (representative, count) in enumerate(clusters):
-            if equal(representative, answer):
-                clusters[position] = (representative, count + 1)
-                break
-        else:
-            clusters.append((answer, 1))
-    if not clusters:
+    given = [answer for answer in answers if answer is not None]
+    if not given:
         return "", 0.0
-    winner, votes = max(clusters, key=lambda cluster: cluster[1])
-    return winner, votes / len(answers)
+    places = Counter(classes(given, same or same_answer))
+    winner, votes = max(places.items(), key=lambda place: place[1])
+    return given[winner], votes / len(answers)
 
 
 def fill_by_plurality(

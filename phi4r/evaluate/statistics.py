@@ -11,6 +11,7 @@ Two different questions have two different intervals, and a report must say whic
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +20,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
+
+from phi4r.verify.strict import classes
 
 Floats = NDArray[np.float64]
 Target = Literal["new_problems", "these_problems"]
@@ -108,8 +111,11 @@ def maj_at_k(correct_QR: ArrayLike, answers: Sequence[Sequence[str | None]], k: 
     R votes.
 
     `answers[q][r]` is the extracted answer, or None where there was none; such a run casts no vote. Right
-    answers are all equal to the gold one, so they count as one candidate however they are written; wrong ones
-    are candidates by their text. A tie of t candidates is worth 1/t when the right one is among them; a
+    answers are all equal to the gold one, so they count as one candidate however they are written; so do
+    wrong ones that are the same by the reward's equality (`phi4r.verify.strict.same_answer`; where only
+    algebra can tell, they are different).
+
+    A tie of t candidates is worth 1/t when the right one is among them; a
     subset without any vote is worth 0. The expectation is computed exactly by counting subsets, not by
     drawing some. ValueError unless 1 <= k <= R <= 1000.
     """
@@ -122,19 +128,18 @@ def maj_at_k(correct_QR: ArrayLike, answers: Sequence[Sequence[str | None]], k: 
         raise ValueError(f"answers must have the shape of correct, {correct.shape}")
     values = np.empty(num_questions)
     for question in range(num_questions):
-        wrong: dict[str, int] = {}
-        silent = 0
-        for is_right, answer in zip(correct[question], answers[question], strict=True):
-            if is_right:
-                continue
-            if answer is None:
-                silent += 1
-            else:
-                wrong[answer] = wrong.get(answer, 0) + 1
+        missed = [a for a, is_right in zip(answers[question], correct[question], strict=True) if not is_right]
+        wrong = tuple(sorted(answer for answer in missed if answer is not None))
         values[question] = _majority_accuracy(
-            int(correct[question].sum()), tuple(sorted(wrong.values())), silent, k
+            int(correct[question].sum()), _votes(wrong), len(missed) - len(wrong), k
         )
     return values
+
+
+@lru_cache(maxsize=65536)
+def _votes(answers: tuple[str, ...]) -> tuple[int, ...]:
+    """Votes of each different answer, the least first."""
+    return tuple(sorted(Counter(classes(answers)).values()))
 
 
 @lru_cache(maxsize=65536)

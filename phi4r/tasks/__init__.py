@@ -22,6 +22,7 @@ from phi4r.tasks.code import Code
 from phi4r.tasks.math import Math
 from phi4r.tasks.registry import TASKS, alphabet, get_task
 from phi4r.verify.audit import with_second
+from phi4r.verify.extract import in_box
 from phi4r.verify.judge import Question, is_for_judge, judged, start
 
 if TYPE_CHECKING:
@@ -43,11 +44,14 @@ def grade_responses(
     """Verdicts on (problem, whole response) pairs, in order.
 
     Tasks with a checker of their own are settled in this process, programs run in sandboxes, as many at once
-    as `pool` has workers; the rest goes to `pool` in one batch. With `settings`, a judge is asked about
+    as `pool` has workers; the rest goes to `pool` in one batch. With `settings`, answers stand where
+    `reward.answer_style` says, a judge is asked about
     answers to mathematics without a box (`reward.judge_url`), where the response is `finished` (None: all
     are), and a share of the verdicts is checked a second time (`reward.audit_share`). Raises what
     `VerifierPool.map` raises.
     """
+    if settings:
+        graded = [(problem, in_box(response, settings.answer_style)) for problem, response in graded]
     verdicts: list[Verdict | None] = [
         get_task(problem.task).grade(problem, response) for problem, response in graded
     ]

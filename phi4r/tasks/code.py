@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,9 +14,12 @@ from phi4r.core.errors import UserError
 from phi4r.core.problem import Problem
 from phi4r.tasks.base import FileTask
 from phi4r.verify.extract import solution_text
-from phi4r.verify.sandbox import check_cases
+from phi4r.verify.sandbox import WALL_FACTOR, check_cases
 from phi4r.verify.strict import Verdict
 
+BATCH_SHARE = 0.5
+"""Of a program's CPU seconds, which each program adds to the time of a batch: programs that sleep must not
+hold up a step for their wall-clock deadlines one after the other."""
 _BLOCK = re.compile(r"```(?:python|py|python3)?[ \t]*\n(.*?)```", re.DOTALL)
 
 
@@ -45,12 +49,20 @@ class Code(FileTask):
         self, graded: Sequence[tuple[Problem, str]], workers: int, timeout_s: float
     ) -> list[Verdict]:
         """Verdicts on responses that have programs; `workers` of them run at once, a case for `timeout_s` CPU
-        seconds. UserError for a problem whose answer is no list of cases."""
+        seconds, all cases of a program for `WALL_FACTOR` times that on the wall, and all programs together
+        for that and BATCH_SHARE of `timeout_s` for each program a worker has. Those that are open then are
+        "timeout". UserError for a problem whose answer is no list of cases."""
+        share = BATCH_SHARE * timeout_s * len(graded) / workers
+        until = time.monotonic() + WALL_FACTOR * timeout_s + share
 
         def verdict(pair: tuple[Problem, str]) -> Verdict:
             source = program_of(pair[1])
             assert source is not None
-            right, why = check_cases(source, _cases(pair[0]), timeout_s)
+            cases = _cases(pair[0])
+            left = min(WALL_FACTOR * timeout_s, until - time.monotonic())
+            if left <= 0:
+                return Verdict("timeout", source, "batch deadline")
+            right, why = check_cases(source, cases, timeout_s, wall_s=left)
             return Verdict("timeout" if right is None else "correct" if right else "wrong", source, why)
 
         with ThreadPoolExecutor(workers) as pool:

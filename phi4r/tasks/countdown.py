@@ -14,7 +14,7 @@ from fractions import Fraction
 from phi4r.core.errors import UserError
 from phi4r.core.problem import Problem
 from phi4r.tasks.base import CounterStream, Task
-from phi4r.verify.strict import normalise
+from phi4r.verify.notation import normalise
 
 _PROBLEM = re.compile(r"(\d{1,6}(?:,\d{1,6})+)=(\d{1,9})\?")
 _TOKEN = re.compile(r"\s*(?:(\d{1,6})(?!\d)|([-+*/()]))")

@@ -12,7 +12,8 @@ import re
 from phi4r.core.errors import UserError
 from phi4r.core.problem import Problem
 from phi4r.tasks.base import CounterStream, Task
-from phi4r.verify.strict import exact_rational, normalise
+from phi4r.verify.notation import normalise
+from phi4r.verify.numbers import exact_rational
 
 _PROBLEM = re.compile(r"(\d(?:[+\-*]\d)*)%(\d+)\?")
 OPERATORS = "+-*"

@@ -16,11 +16,12 @@ from typing import Any
 
 from phi4r.core.seeds import Stream, epoch_order
 from phi4r.verify.extract import gold_answer
+from phi4r.verify.notation import normalise
 from phi4r.verify.pool import VerifierPool
-from phi4r.verify.strict import SymbolicQuestion, Verdict, is_too_complex, normalise
+from phi4r.verify.strict import SymbolicQuestion, Verdict, is_too_complex
 
 # What decided -> the method that checks it. Other verdicts (nothing found, nothing decided) are not checked.
-_BY_TEXT = ("string", "rational", "rounded", "percentage", "word", "list", "subscript")
+_BY_TEXT = ("string", "rational", "rounded", "grammar")
 _BY_ALGEBRA = ("symbolic", "exact_guard", "unparsed")
 
 BATCH_DEADLINES = 4.0
@@ -29,9 +30,10 @@ MAX_CHARS = 400
 """Of each text in a logged case."""
 
 
-def _question(gold: str, verdict: Verdict) -> SymbolicQuestion | None:
-    """What the second method is asked about a verdict, None where there is nothing to check."""
-    if verdict.outcome not in ("correct", "wrong") or verdict.answer is None:
+def _question(gold: str | Sequence[str], verdict: Verdict) -> SymbolicQuestion | None:
+    """What the second method is asked about a verdict, None where there is nothing to check: nothing decided,
+    or several gold answers."""
+    if not isinstance(gold, str) or verdict.outcome not in ("correct", "wrong") or verdict.answer is None:
         return None
     bare = gold_answer(gold)
     if is_too_complex(bare) or is_too_complex(verdict.answer):
@@ -49,7 +51,7 @@ def _uniform(question: SymbolicQuestion) -> float:
 
 
 def with_second(
-    golds: Sequence[str], verdicts: Sequence[Verdict], pool: VerifierPool, share: float = 1.0
+    golds: Sequence[str | Sequence[str]], verdicts: Sequence[Verdict], pool: VerifierPool, share: float = 1.0
 ) -> list[Verdict]:
     """The same verdicts, those that were checked with `second` and `second_method`.
 

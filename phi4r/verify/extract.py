@@ -11,7 +11,9 @@ last line `#### 7` (GSM8K's mark) counts as that.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 THINK = "<think>"
 END_THINK = "</think>"
@@ -28,16 +30,27 @@ _LONG_WORD = re.compile(r"[^\W\d_]{2,}")
 _FUNCTION_WORD = re.compile(r"(arc)?(sin|cos|tan)h?|cot|sec|csc|log|ln|exp|sqrt|pi|max|min|gcd|lcm|mod")
 
 
+AnswerStyle = Literal["boxed", "line", "tag"]
+ANSWER_STYLES: tuple[AnswerStyle, ...] = ("boxed", "line", "tag")
+_ANSWER_LINE = re.compile(
+    r"^[ \t*_#>-]*(?:the[ ]|my[ ])?(?:final[ ])?answer(?:[ ]is)?[ \t*_]*:[ \t*_]*(\S.*?)[ \t*_]*$",
+    re.IGNORECASE | re.MULTILINE,
+)
+_ANSWER_TAG = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.IGNORECASE | re.DOTALL)
+
+
 @dataclass(frozen=True)
 class Extraction:
     """What was found in a response.
 
     `answer`: the text of the answer, None where there is none. `source`: how it was found, or why not:
-    "boxed", "plain", or "unterminated_box", "unclosed_think", "prose", "empty".
+    "boxed", "plain", or "unterminated_box", "unclosed_think", "prose", "empty". `boxes`: the content of all
+    boxes, where there are several and not one answer in them.
     """
 
     answer: str | None
     source: str
+    boxes: tuple[str, ...] = ()
 
 
 def strip_end_markers(text: str) -> str:
@@ -72,6 +85,68 @@ def solution_text(response: str) -> str | None:
     if opened > closed:
         return None
     return response if closed < 0 else response[closed + len(END_THINK) :]
+
+
+_BETWEEN_BOXES = re.compile(
+    r"(?:[\s$,;.~]|\\[,;: ()\[\]]|\\q?quad|(?:\\(?:text|mathrm|textbf)\{)?\s*\b(?:and|or)\b\s*\}?"
+    r"|(?<![a-zA-Z])[a-zA-Z](?:_\{?\w+\}?)?\s*=)*+"
+)
+_JOINER = re.compile(r",|;|\band\b|\bor\b|=")
+MAX_BOXES = 12
+
+
+def list_of_boxes(boxes: Sequence[str]) -> str:
+    """Several boxes as one list."""
+    return ", ".join(boxes)
+
+
+def joined_boxes(text: str) -> tuple[str | None, tuple[str, ...]]:
+    r"""(the boxes at the end of `text` as one answer, if they are one, all boxes if there are several).
+
+    `x=\boxed{1}$ or $x=\boxed{2}` is one answer, `1, 2`: between such boxes stand a comma, "and", "or", names
+    and signs of equality, and nothing else. The name of the first is then a part of the answer as well.
+    """
+    spans = _outer_boxes(text)
+    if not 1 < len(spans) <= MAX_BOXES:
+        return None, ()
+    contents = tuple(strip_outer_braces(_BOX_OPEN.sub("{", text[start:end])) for _, start, end in spans)
+    run = [len(spans) - 1]
+    while run[0] > 0:
+        between = text[spans[run[0] - 1][2] + 1 : spans[run[0]][0]]
+        if not _BETWEEN_BOXES.fullmatch(between) or not _JOINER.search(between):
+            break
+        run.insert(0, run[0] - 1)
+    if len(run) == 1:
+        return None, contents
+    parts = []
+    for place in run:
+        before = text[spans[place - 1][2] + 1 if place else 0 : spans[place][0]]
+        name = _NAME_BEFORE.search(before)
+        parts.append((name[1] + "=" if name and "=" not in contents[place] else "") + contents[place])
+    if len(set(parts)) == 1:
+        return parts[0], ()
+    return list_of_boxes(parts), ()
+
+
+_NAME_BEFORE = re.compile(r"(?<![a-zA-Z\\])([a-zA-Z](?:_\{?\w+\}?)?)\s*=\s*$")
+
+
+def _outer_boxes(text: str) -> list[tuple[int, int, int]]:
+    """(start of the command, start and end of the content) of the boxes that are in no other, in order."""
+    opened: list[tuple[int, int, bool]] = []
+    found: list[tuple[int, int, int]] = []
+    for token in _BOX_TOKENS.finditer(text):
+        symbol = token.group()
+        if symbol == "{":
+            opened.append((token.start(), token.end(), False))
+        elif symbol == "}":
+            if opened:
+                start, content, is_box = opened.pop()
+                if is_box and not any(each[2] for each in opened):
+                    found.append((start, content, token.start()))
+        elif symbol.endswith("{") and symbol != r"\{":
+            opened.append((token.start(), token.end(), True))
+    return found
 
 
 def last_boxed(text: str) -> tuple[str | None, bool]:
@@ -149,13 +224,30 @@ def extract_solution_answer(solution: str) -> Extraction:
     if has_box:
         if boxed is None:
             return Extraction(None, "unterminated_box")
-        return Extraction(boxed, "boxed") if boxed else Extraction(None, "empty")
+        if not boxed:
+            return Extraction(None, "empty")
+        joined, boxes = joined_boxes(solution)
+        return Extraction(boxed if joined is None else joined, "boxed", boxes)
     if not solution:
         return Extraction(None, "empty")
     before, marker, marked = solution.rpartition("####")
     if marker and (not before or before.endswith("\n")):
         solution = marked.strip()
     return Extraction(solution, "plain") if is_plain_answer(solution) else Extraction(None, "prose")
+
+
+def in_box(response: str, style: AnswerStyle) -> str:
+    r"""The response with its answer in a box, where `style` says that it stands elsewhere.
+
+    "boxed": the response as it is. "line": the last line `Answer: X` of the solution. "tag": the last
+    `<answer>X</answer>`. A solution without it has no answer, whatever boxes it has.
+    """
+    solution = solution_text(response) if style != "boxed" else None
+    if solution is None:
+        return response
+    found = (_ANSWER_LINE if style == "line" else _ANSWER_TAG).findall(strip_end_markers(solution))
+    before = response[: len(response) - len(solution)]
+    return f"{before}\\boxed{{{found[-1].strip()}}}" if found else before
 
 
 def extract_answer(response: str) -> Extraction:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import os
 import queue
 import re
@@ -44,6 +45,8 @@ SHOWN_CHARS = 2000
 MAX_TOKENS = 16
 """The judge may write; a word is far shorter."""
 BUSY = (408, 429, 500, 502, 503, 504)
+MAX_REPLY_BYTES = 1 << 16
+"""Of a reply: a chat completion of one word has a few hundred."""
 CONNECTIONS = 3
 """Connections tried for one question."""
 GRACE_S = 1.0
@@ -103,6 +106,28 @@ def parse(body: Any) -> Reply:
     return "unparsed" if found is None else "correct" if found[1] == "CORRECT" else "wrong"
 
 
+def parse_reply(raw: bytes) -> Reply:
+    """The word in the bytes of a reply; "unparsed" for anything that is no chat completion."""
+    try:
+        return parse(json.loads(raw))
+    except (ValueError, RecursionError):
+        return "unparsed"
+
+
+async def _post(http: httpx.AsyncClient, url: str, body: dict[str, Any]) -> tuple[int, bytes | None]:
+    """(status, the reply's bytes; None where it is longer than MAX_REPLY_BYTES or compressed)."""
+    async with http.stream("POST", url, json=body, timeout=None) as response:
+        if response.headers.get("Content-Encoding", "identity") != "identity":
+            return response.status_code, None  # plain bytes were asked for
+        parts, size = list[bytes](), 0
+        async for part in response.aiter_raw():
+            size += len(part)
+            if size > MAX_REPLY_BYTES:
+                return response.status_code, None
+            parts.append(part)
+        return response.status_code, b"".join(parts)
+
+
 class _Batch:
     """The questions of one batch, in an event loop."""
 
@@ -111,7 +136,7 @@ class _Batch:
         self.gate = asyncio.Semaphore(settings.judge_concurrency)
         self.is_dead = False
         key = os.environ.get(KEY_VARIABLE, "")
-        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
 
     async def run(self, questions: Sequence[Question], deadline: float) -> None:
         limits = httpx.Limits(max_connections=self.settings.judge_concurrency)
@@ -140,7 +165,7 @@ class _Batch:
 
     async def post(self, http: httpx.AsyncClient, question: Question) -> Reply:
         busy = tenacity.AsyncRetrying(  # ends with the question's time
-            retry=tenacity.retry_if_result(lambda response: response.status_code in BUSY),
+            retry=tenacity.retry_if_result(lambda reply: reply[0] in BUSY),
             wait=tenacity.wait_random_exponential(multiplier=0.1, max=5.0),
         )
         broken = tenacity.AsyncRetrying(
@@ -157,13 +182,11 @@ class _Batch:
             "n": 1,
         }
         url = self.settings.judge_url.rstrip("/") + "/chat/completions"
-        response: httpx.Response = await busy(broken, http.post, url, json=body, timeout=None)
-        if response.status_code != 200:
+        answered: tuple[int, bytes | None] = await busy(broken, _post, http, url, body)
+        status, raw = answered
+        if status != 200:
             return "refused"
-        try:
-            return parse(response.json())
-        except ValueError:
-            return "unparsed"
+        return "unparsed" if raw is None else parse_reply(raw)
 
 
 def start(questions: Sequence[Question], settings: RewardConfig) -> Callable[[], list[Reply]]:

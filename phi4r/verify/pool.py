@@ -212,10 +212,9 @@ class VerifierPool:
         return [worker.pid for worker in self._workers]
 
     def map(
-        self, jobs: Iterable[tuple[str, str]], on_done: Callable[[int], None] | None = None
+        self, jobs: Iterable[tuple[str | Sequence[str], str]], on_done: Callable[[int], None] | None = None
     ) -> list[Verdict]:
-        """Grade (gold, response) pairs; verdicts in the same order, whatever the order in which they were
-        found.
+        """Grade (gold, response) pairs, each with one gold answer or several (one is enough); in order.
 
         `on_done(number)` is called as verdicts come in, for progress. Raises VerifierUnavailableError if
         workers cannot be started; a bad answer, a hanging answer or a crashing worker never raises.

@@ -8,6 +8,7 @@ started.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import platform
@@ -16,6 +17,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -26,6 +28,8 @@ from phi4r.core import optional
 WALL_FACTOR = 4.0
 MAX_OUTPUT_BYTES = 1 << 20
 MAX_FILES = 64
+MAX_STATUS_BYTES = 1 << 16
+_KILLED = frozenset((128 + signal.SIGXCPU, 128 + signal.SIGKILL, -signal.SIGXCPU, -signal.SIGKILL))
 
 Ended = Literal["done", "failed", "out_of_time", "deadline"]
 
@@ -40,18 +44,31 @@ class Run:
     detail: str
 
 
-def run_program(source: str, stdin: str, timeout_s: float = 5.0, memory_gib: float = 1.0) -> Run:
-    """Run Python source. timeout_s: CPU seconds. UserError where bubblewrap is missing, RuntimeError where it
-    may not make a sandbox here."""
-    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        given.write(stdin.encode())
+def run_program(
+    source: str, stdin: str, timeout_s: float = 5.0, memory_gib: float = 1.0, wall_s: float | None = None
+) -> Run:
+    """Run Python source. timeout_s: CPU seconds; wall_s: seconds on the wall (None: WALL_FACTOR times those).
+    UserError where bubblewrap is missing, RuntimeError where it may not make a sandbox here."""
+    wall_s = WALL_FACTOR * timeout_s if wall_s is None else wall_s
+    with (
+        tempfile.TemporaryFile() as given,
+        tempfile.TemporaryFile() as out,
+        tempfile.TemporaryFile() as err,
+        tempfile.TemporaryFile() as status,
+    ):
+        # A lone surrogate of a model's text is no reason to stop: the program's own decoder will complain.
+        given.write(stdin.encode(errors="surrogatepass"))
         given.seek(0)
         # The program comes by a pipe of its own: standard input belongs to the problem.
         read, write = os.pipe()
         rules_read, rules_write = os.pipe()
         process = subprocess.Popen(
-            [*_limits(timeout_s, memory_gib), *_sandbox(rules_read), "-I", "-c", _RUNNER.format(fd=read)],
-            stdin=given, stdout=out, stderr=err, pass_fds=(read, rules_read), start_new_session=True, env={},
+            [
+                *_limits(timeout_s, memory_gib), *_sandbox(rules_read, status.fileno()),
+                "-I", "-c", _RUNNER.format(fd=read),
+            ],
+            stdin=given, stdout=out, stderr=err, pass_fds=(read, rules_read, status.fileno()),
+            start_new_session=True, env={},
         )  # fmt: skip
         os.close(read)
         os.close(rules_read)
@@ -59,11 +76,11 @@ def run_program(source: str, stdin: str, timeout_s: float = 5.0, memory_gib: flo
             with os.fdopen(rules_write, "wb") as rules:
                 rules.write(_no_processes())
             with os.fdopen(write, "wb") as program:
-                program.write(source.encode())
+                program.write(source.encode(errors="surrogatepass"))
         except BrokenPipeError:
             pass  # it ended before it had read its program; the exit code tells why
         try:
-            code = process.wait(WALL_FACTOR * timeout_s)
+            code = process.wait(wall_s)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -72,21 +89,43 @@ def run_program(source: str, stdin: str, timeout_s: float = 5.0, memory_gib: flo
         err.seek(0)
         printed = out.read(MAX_OUTPUT_BYTES).decode(errors="replace")
         said = err.read(MAX_OUTPUT_BYTES).decode(errors="replace").strip().splitlines()
-    if code and said and said[-1].startswith("bwrap: "):
-        raise RuntimeError(f"{said[-1]}; programs cannot be run safely on this machine")
-    out_of_time = {128 + signal.SIGXCPU, 128 + signal.SIGKILL, -signal.SIGXCPU, -signal.SIGKILL}
-    ended: Ended = "done" if code == 0 else "out_of_time" if code in out_of_time else "failed"
+        status.seek(0)
+        has_run = _has_run(status.read(MAX_STATUS_BYTES))
+    if not has_run and code not in _KILLED:
+        why = said[-1] if said else f"exit code {code}"
+        raise RuntimeError(f"{why}; programs cannot be run safely on this machine")
+    ended: Ended = "done" if code == 0 else "out_of_time" if code in _KILLED else "failed"
     return Run(ended, printed, said[-1] if said else "")
 
 
+def _has_run(status: bytes) -> bool:
+    """Whether bubblewrap says that it started the program. It writes the exit code only where that worked, to
+    a file that the program has no descriptor of: what a program prints cannot pass for a failing sandbox."""
+    for line in status.splitlines():
+        try:
+            if "exit-code" in json.loads(line):
+                return True
+        except ValueError:
+            continue
+    return False
+
+
 def check_cases(
-    source: str, cases: Sequence[tuple[str, str]], timeout_s: float, memory_gib: float = 1.0
+    source: str,
+    cases: Sequence[tuple[str, str]],
+    timeout_s: float,
+    memory_gib: float = 1.0,
+    wall_s: float | None = None,
 ) -> tuple[bool | None, str]:
     """(does the program print what it should in every case, which case it failed and how). None: nobody can
-    tell, as it met the deadline on the wall. cases: (standard input, expected output); trailing blanks do not
-    count."""
+    tell, as it met the deadline on the wall, which all cases have together. cases: (standard input, expected
+    output); trailing blanks do not count."""
+    until = time.monotonic() + (WALL_FACTOR * timeout_s if wall_s is None else wall_s)
     for number, (given, expected) in enumerate(cases, 1):
-        run = run_program(source, given, timeout_s, memory_gib)
+        left = until - time.monotonic()
+        if left <= 0:
+            return None, f"case {number}: deadline"
+        run = run_program(source, given, timeout_s, memory_gib, left)
         if run.ended == "deadline":
             return None, f"case {number}: deadline"
         if run.ended != "done":
@@ -111,8 +150,9 @@ def _limits(timeout_s: float, memory_gib: float) -> list[str]:
     ]  # fmt: skip
 
 
-def _sandbox(rules: int) -> list[str]:
-    """bubblewrap and the interpreter in it. rules: file descriptor of the seccomp filter."""
+def _sandbox(rules: int, status: int) -> list[str]:
+    """bubblewrap and the interpreter in it. File descriptors: rules: of the seccomp filter; status: where
+    bubblewrap says what became of it."""
     shown = dict.fromkeys(("/usr", sys.base_prefix))
     binds = [word for path in shown for word in ("--ro-bind", path, path)]
     for path in ("/lib", "/lib64", "/bin", "/etc/ld.so.cache"):
@@ -120,7 +160,8 @@ def _sandbox(rules: int) -> list[str]:
     return [
         optional.program("bwrap"), "--unshare-all", "--unshare-user", "--die-with-parent", "--new-session",
         "--clearenv", *binds, "--proc", "/proc", "--dev", "/dev", "--size", str(64 << 20), "--tmpfs", "/tmp",
-        "--chdir", "/tmp", "--seccomp", str(rules), os.path.realpath(sys.executable),
+        "--chdir", "/tmp", "--seccomp", str(rules), "--json-status-fd", str(status),
+        os.path.realpath(sys.executable),
     ]  # fmt: skip
 
 

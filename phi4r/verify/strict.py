@@ -1,50 +1,46 @@
 r"""Comparing an answer with the gold answer: cheap exact tiers first, symbolic algebra last and never in
 this process.
 
-`decide_quickly` settles, with text and `fractions.Fraction` only:
+`decide_quickly` settles what text and `fractions.Fraction` can:
 
 1. no answer found                                  -> no_answer
-2. equal after normalising the notation             -> correct   ("string")
+2. equal in one notation (`verify.notation`)        -> correct   ("string")
 3. both are rational numbers in plain notation      -> exact comparison ("rational"); a decimal of six or more
                                                        significant digits may be the other's rounding
-                                                       ("rounded"); a percentage equals both `7` and `0.07`
-                                                       ("percentage"): problems state them either way
-4. one of them is a plain word                      -> wrong     ("word"): words are equal as strings or not
-5. too long, too deep, too explosive to evaluate    -> error     ("too_complex"): not graded, so not "wrong"
-6. several answers where one is asked for           -> wrong     ("list"): `7,8`, and `7,7` too
-7. different number bases (`1010_2`, `1010_3`)      -> wrong     ("subscript")
+                                                       ("rounded")
+4. too long, too deep, too explosive to evaluate    -> error     ("too_complex"): not graded, so not "wrong"
+5. equal or different by their structure            -> correct or wrong ("grammar", `verify.equality`)
 
-What is left needs `compare_symbolically` (math-verify, in a worker process), "symbolic": correct or wrong,
-positives re-checked, because math-verify compares floating-point numbers at about 6 digits (it takes 1/2^99
-for 1/2^98). A number base that only one side names is overlooked: problems state them either way.
-"unparsed": an answer that is not mathematics is wrong; a gold answer that is not is an error of the data.
+What is left needs algebra on expressions within that structure: math-verify, in a worker ("symbolic"),
+its positives re-checked, because it compares floating-point numbers at about 6 digits (it takes 1/2^99 for
+1/2^98). "unparsed": an answer that is not mathematics is wrong; a gold answer that is not is an error of the
+data.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Literal
 
-from phi4r.verify.extract import Extraction, extract_answer, gold_answer, strip_outer_braces
+from phi4r.verify.equality import counts_members, same
+from phi4r.verify.extract import Extraction, extract_answer, gold_answer, list_of_boxes
+from phi4r.verify.notation import normalise
+from phi4r.verify.numbers import MAX_DIGITS, exact_rational, is_rounding_of
 
 Outcome = Literal["correct", "wrong", "no_answer", "timeout", "error"]
 OUTCOMES: tuple[Outcome, ...] = ("correct", "wrong", "no_answer", "timeout", "error")
 
 # Above these a text is compared as a string only.
 MAX_SYMBOLIC_CHARS = 1000
-MAX_DIGITS = 400
 MAX_CARETS = 24
 MAX_BRACES = 150
 MAX_PARENTHESES = 100
 MAX_POWER_DEPTH = 2
 # Of a numeric exponent that is itself a power, as in 9^{9^9}.
 MAX_LOG10_EXPONENT = 4.0
-
-# A decimal must show this many significant digits before it may stand for the exact number it rounds.
-MIN_ROUNDED_DIGITS = 6
 
 
 @dataclass(frozen=True)
@@ -76,110 +72,13 @@ class SymbolicQuestion:
     """A comparison that text alone cannot settle: both sides normalised, safe to hand to a worker.
 
     `method`: "symbolic" decides; an audit asks "plain" (both sides as they are written) or "numeric".
+    `others`: further gold answers, one of which is enough.
     """
 
     gold: str
     answer: str
     method: Literal["symbolic", "plain", "numeric"] = "symbolic"
-
-
-# --- normalising
-
-_UNICODE = str.maketrans(
-    {
-        "−": "-",
-        "–": "-",
-        "×": r"\times ",
-        "·": r"\cdot ",
-        "÷": r"\div ",
-        "π": r"\pi ",
-        "∞": r"\infty ",
-        "\u00a0": " ",
-    }
-)
-_DROPPED = re.compile(r"\\(?:left|right|displaystyle|limits)(?![a-zA-Z])|\\[!,;:]")
-_THOUSANDS = re.compile(r"(?<=\d)(?:\\[,;: ]|\{,\}|,)(?=\d{3}(?!\d))")
-_GROUPED_NUMBER = re.compile(r"[+-]?\d{1,3}(?:(?:\\[,;: ]|\{,\}|,)\d{3})+(?:\.\d+)?")
-_WRAPPER = re.compile(r"\\(?:text|mathrm|textbf|mathbf|operatorname)\{([^{}]*)\}")
-_ROMAN_LETTER = re.compile(r"\\(?:mathrm|text|rm)\{([a-zA-Z])\}")
-_SPACES = re.compile(r"\s+")
-
-
-def normalise(answer: str) -> str:
-    """One notation for the same text: dollar signs, spacing commands, `\\dfrac`, thousands separators, a
-    final stop.
-    """
-    text = answer.translate(_UNICODE).strip()
-    if text.startswith("**") and text.endswith("**") and len(text) > 4:
-        text = text[2:-2].strip()
-    text = text.replace(r"\$", "").rstrip(". ").strip("$").lstrip("= ").rstrip()
-    if _GROUPED_NUMBER.fullmatch(text.rstrip(".")):
-        return _THOUSANDS.sub("", text.rstrip("."))
-    text = _DROPPED.sub("", text).replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac")
-    text = _ROMAN_LETTER.sub(r"\1", text)
-    text = _SPACES.sub(" ", text).strip().rstrip(".").strip()
-    whole = _WRAPPER.fullmatch(text)
-    return strip_outer_braces(whole.group(1) if whole else text)
-
-
-def _same_string(gold: str, answer: str) -> bool:
-    if gold.replace(" ", "") == answer.replace(" ", ""):
-        return True
-    return len(gold) > 1 and _is_word(gold) and gold.casefold() == answer.casefold()
-
-
-def _is_word(text: str) -> bool:
-    """Two or more letters and nothing but letters and blanks: `blue`, `not enough`; never a variable such
-    as `x`.
-    """
-    return len(text) > 1 and text.replace(" ", "").isalpha() and re.search(r"[^\W\d_]{2,}", text) is not None
-
-
-_DECIMAL = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)")
-_SLASH = re.compile(r"([+-]?\d+) ?/ ?(\d+)")
-_FRAC = re.compile(r"([+-]?) ?\\frac ?(?:\{ ?([+-]?\d+) ?\}|(\d)) ?(?:\{ ?([+-]?\d+) ?\}|(\d))")
-
-
-def exact_rational(text: str) -> Fraction | None:
-    r"""The exact value of an integer, decimal, `a/b` or `\frac{a}{b}` of at most `MAX_DIGITS` characters,
-    else None.
-    """
-    if len(text) > MAX_DIGITS or not text.isascii():
-        return None
-    if _DECIMAL.fullmatch(text):
-        return Fraction(text)
-    if slash := _SLASH.fullmatch(text):
-        return Fraction(int(slash[1]), int(slash[2])) if int(slash[2]) else None
-    if frac := _FRAC.fullmatch(text):
-        numerator, denominator = int(frac[2] or frac[3]), int(frac[4] or frac[5])
-        return (-1 if frac[1] == "-" else 1) * Fraction(numerator, denominator) if denominator else None
-    return None
-
-
-_PERCENTAGE = re.compile(r"(.+?) ?\\?%")
-
-
-def _same_percentage(gold: str, answer: str) -> bool | None:
-    """Whether a percentage equals the other side, a rational number that is one too, or is meant as one (`7`)
-    or as its value (`0.07`); None where this is no such pair."""
-    sides = [_PERCENTAGE.fullmatch(text) for text in (gold, answer)]
-    texts = [side[1] if side else text for side, text in zip(sides, (gold, answer), strict=True)]
-    one, other = map(exact_rational, texts)
-    if one is None or other is None or not any(sides):
-        return None
-    if all(sides):
-        return one == other
-    percent, plain = (one, other) if sides[0] else (other, one)
-    return plain in (percent, percent / 100)
-
-
-def _is_rounding_of(decimal: str, exact: Fraction) -> bool:
-    """Whether `decimal`, as printed, is `exact` rounded to its last place, with enough significant digits."""
-    if "." not in decimal:
-        return False
-    places = len(decimal.rpartition(".")[2])
-    significant = len(decimal.lstrip("+-").replace(".", "").lstrip("0"))
-    return significant >= MIN_ROUNDED_DIGITS and abs(Fraction(decimal) - exact) <= Fraction(1, 2 * 10**places)
+    others: tuple[str, ...] = ()
 
 
 # --- deciding
@@ -198,7 +97,6 @@ _EXPLOSIVE = tuple(
     )
 )
 _NUMERIC_POWER = re.compile(r"[\^]\s*[{(]*\s*(\d+)\s*\^\s*[{(]*\s*(\d+)")
-_SUBSCRIPT = re.compile(r"_\{?(\w+)\}?$")
 
 
 def _power_depth(text: str) -> int:
@@ -233,7 +131,7 @@ def is_too_complex(text: str) -> bool:
         len(text) > MAX_SYMBOLIC_CHARS
         or text.count("^") > MAX_CARETS
         or text.count("{") > MAX_BRACES
-        or text.count("(") > MAX_PARENTHESES
+        or max(text.count("("), text.count("["), text.count(r"\langle")) > MAX_PARENTHESES
     ):
         return True
     text = text.replace("**", "^")
@@ -245,62 +143,104 @@ def is_too_complex(text: str) -> bool:
     )
 
 
-def _lists_several(text: str) -> bool:
-    """Whether a comma stands outside all brackets, as in `7,8`: math-verify takes `7,7` for the set {7},
-    and so for 7.
-    """
-    depth = 0
-    for symbol in _THOUSANDS.sub("", text):
-        depth += (symbol in "([{") - (symbol in ")]}")
-        if symbol == "," and depth <= 0:
-            return True
-    return False
-
-
 def compare_quickly(gold: str, answer: str) -> tuple[Outcome, str] | SymbolicQuestion:
     """Settle bare answers without algebra, or return the question that a worker must settle."""
+    decided = _as_numbers(gold.strip(), answer.strip())
+    if decided is not None:
+        return decided
     gold_text, answer_text = normalise(gold), normalise(answer)
     if not answer_text:
         return "no_answer", "empty"
     if not gold_text:
         return "error", "empty_gold"
-    if _same_string(gold_text, answer_text):
+    if gold_text == answer_text or (
+        len(gold_text) > 1
+        and gold_text.casefold() == answer_text.casefold()
+        and "_" not in gold_text
+        and _is_text(gold_text)
+    ):
         return "correct", "string"
-    gold_value, answer_value = exact_rational(gold_text), exact_rational(answer_text)
-    if gold_value is not None and answer_value is not None:
-        if gold_value == answer_value:
-            return "correct", "rational"
-        if ("." in gold_text) != ("." in answer_text) and (
-            _is_rounding_of(gold_text, answer_value) or _is_rounding_of(answer_text, gold_value)
-        ):
-            return "correct", "rounded"
-        return "wrong", "rational"
-    same_percentage = _same_percentage(gold_text, answer_text)
-    if same_percentage is not None:
-        return ("correct" if same_percentage else "wrong"), "percentage"
-    if _is_word(gold_text) or _is_word(answer_text):
-        return "wrong", "word"
+    if (decided := _as_numbers(gold_text, answer_text)) is not None:
+        return decided
     if is_too_complex(answer_text) or is_too_complex(gold_text):
         return "error", "too_complex"
-    if "," not in gold_text and r"\pm" not in gold_text and _lists_several(answer_text):
-        return "wrong", "list"
-    gold_base, answer_base = _SUBSCRIPT.search(gold_text), _SUBSCRIPT.search(answer_text)
-    if gold_base and answer_base and gold_base[1] != answer_base[1]:
-        return "wrong", "subscript"
-    return SymbolicQuestion(gold_text, answer_text)
+    verdict = same(gold_text, answer_text)
+    if verdict is None:
+        return SymbolicQuestion(gold_text, answer_text)
+    return ("correct" if verdict else "wrong"), "grammar"
 
 
-def decide_quickly(gold: str, response: str) -> tuple[Extraction, Verdict | SymbolicQuestion]:
+def _is_text(text: str) -> bool:
+    return text.startswith("\\text{")
+
+
+def _as_numbers(gold: str, answer: str) -> tuple[Outcome, str] | None:
+    """The verdict where both are rational numbers in plain notation."""
+    one = exact_rational(gold)
+    other = exact_rational(answer) if one is not None else None
+    if one is None or other is None:
+        return None
+    if one == other:
+        return "correct", "string" if gold == answer else "rational"
+    if ("." in gold) != ("." in answer) and (is_rounding_of(gold, other) or is_rounding_of(answer, one)):
+        return "correct", "rounded"
+    return "wrong", "rational"
+
+
+def decide_quickly(gold: str | Sequence[str], response: str) -> tuple[Extraction, Verdict | SymbolicQuestion]:
     """Extract the answer from a whole response and settle it if text and exact rationals can.
 
-    Returns what was extracted and either the verdict or the question for a worker. Never runs long: linear
-    in the text.
+    `gold`: the gold answer, or several, one of which is enough. Returns what was extracted and either the
+    verdict or the question for a worker. Never runs long: linear in the text.
     """
     found = extract_answer(response)
     if found.answer is None:
         return found, Verdict("no_answer", None, found.source)
-    decided = compare_quickly(gold_answer(gold), found.answer)
+    golds = [gold_answer(each) for each in ([gold] if isinstance(gold, str) else gold)]
+    decided = _first_decision([(each, found.answer) for each in golds])
+    if found.boxes and isinstance(decided, tuple) and decided[0] == "wrong":
+        joined = list_of_boxes(found.boxes)
+        lists = [each for each in golds if counts_members(each) == len(found.boxes)]
+        if lists:
+            decided = _first_decision([(each, joined) for each in lists])
     if isinstance(decided, SymbolicQuestion):
         return found, decided
     outcome, method = decided
     return found, Verdict(outcome, None if outcome == "no_answer" else found.answer, method)
+
+
+def _first_decision(pairs: Sequence[tuple[str, str]]) -> tuple[Outcome, str] | SymbolicQuestion:
+    """The decision on (gold, answer) pairs, one of which is enough."""
+    decided = [compare_quickly(one, other) for one, other in pairs]
+    if not decided:
+        return "error", "empty_gold"
+    settled = [each for each in decided if isinstance(each, tuple)]
+    if right := next((each for each in settled if each[0] == "correct"), None):
+        return right
+    questions = [each for each in decided if isinstance(each, SymbolicQuestion)]
+    if questions:
+        first, *others = questions
+        return SymbolicQuestion(first.gold, first.answer, others=tuple(each.gold for each in others))
+    return next((each for each in settled if each[0] == "error"), settled[0])
+
+
+# --- the same equality between any two answers
+
+
+def same_answer(one: str, other: str) -> bool | None:
+    """Whether two answers, as they are written, are the same: what the reward says of `other` where `one` is
+    the gold answer. None where only algebra can tell; never runs long."""
+    decided = compare_quickly(one, other)
+    return decided[0] == "correct" if isinstance(decided, tuple) else None
+
+
+def classes(answers: Sequence[str], equal: Callable[[str, str], bool | None] = same_answer) -> list[int]:
+    """For each answer the place of the first one that is the same: what a majority vote counts."""
+    first: list[int] = []
+    known: dict[str, int] = {}
+    for place, answer in enumerate(answers):
+        if answer not in known:
+            found = (each for each in dict.fromkeys(first) if equal(answers[each], answer))
+            known[answer] = next(found, place)
+        first.append(known[answer])
+    return first

@@ -5,7 +5,7 @@ A program of its own rather than a forked child, so that it inherits no threads,
 training process, and none of its memory; and rather than a pickle channel, so that no sympy object can ever
 travel: printing one may not return.
 
-    in    {"id": int, "gold": str, "answer": str, "method": "symbolic"|"plain"|"numeric"}
+    in    {"id": int, "gold": str, "answer": str, "method": "symbolic"|"plain"|"numeric", "others": [str]}
     out   {"ready": true} once warm, then
           {"id": int, "outcome": "correct"|"wrong"|"error", "method": str, "seconds": float}
 
@@ -18,18 +18,27 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import resource
 import signal
 import sys
 import time
+from fractions import Fraction
 from typing import IO, Any
 
+from phi4r.verify.equality import quick_leaf, same
+from phi4r.verify.numbers import exact_rational, is_rounding_of
 from phi4r.verify.numeric import compare_numerically
 from phi4r.verify.strict import Outcome, SymbolicQuestion
 
 # Relative difference above which two exact numbers are different, far above the rounding of 30 digits.
 RATIO_DIGITS = 30
 RATIO_BOUND = 1e-20
+# Of a difference evaluated to 400 digits that is taken for 0.
+ZERO_BOUND = 1e-60
+
+_DEGREES = re.compile(r"(?<![\d.])(\d+(?:\.\d+)?) ?\^\\circ")
+_CIS = re.compile(r"\\cis ?\(([^()]*)\)")
 
 
 def _limit_resources(memory_gib: float) -> None:
@@ -78,21 +87,114 @@ def _differs_exactly(gold: Any, answer: Any) -> bool:
     return bool(difference > RATIO_BOUND * scale)
 
 
+class _Algebra:
+    """Equality of expressions by math-verify; remembers what it could not read."""
+
+    def __init__(self) -> None:
+        self.parsed: dict[str, Any] = {}
+        self.unread_gold = self.unread_answer = self.refused = self.used = False
+
+    def parse(self, text: str) -> Any:
+        if text not in self.parsed:
+            self.parsed[text] = _parse(_for_math_verify(text))
+        return self.parsed[text]
+
+    def equal(self, gold_text: str, answer_text: str) -> bool:
+        decided = quick_leaf(gold_text, answer_text)
+        if decided is not None:
+            return decided
+        self.used = True
+        if gold_text.endswith("=0") and answer_text.endswith("=0"):
+            return self.proportional(gold_text[:-2], answer_text[:-2])
+        gold, answer = self.parse(gold_text), self.parse(answer_text)
+        if gold is None or answer is None:
+            self.unread_gold |= gold is None
+            self.unread_answer |= answer is None
+            return False
+        return self.equal_values(gold, answer, (gold_text, answer_text))
+
+    def equal_values(self, gold: Any, answer: Any, decimals: tuple[str, str]) -> bool:
+        from math_verify import verify
+
+        if (decided := _by_rounding(gold, answer, *decimals)) is not None:
+            return decided
+
+        if not verify(gold, answer, allow_set_relation_comp=True, timeout_seconds=None):
+            return _equal_at_points(gold, answer)
+        if _differs_exactly(gold, answer):
+            self.refused = True
+            return False
+        return True
+
+    def proportional(self, one: str, other: str) -> bool:
+        """Whether two expressions differ by a constant factor that is not 0."""
+        import sympy
+
+        gold, answer = self.parse(one), self.parse(other)
+        if gold is None or answer is None:
+            return False
+        ratio = sympy.simplify(gold / answer)
+        return bool(ratio.is_number and ratio != 0 and ratio.is_finite)
+
+
+def _for_math_verify(text: str) -> str:
+    """A normalised expression with the marks that math-verify reads in another way spelled out."""
+    text = _DEGREES.sub(r"(\1\\frac{\\pi}{180})", text)
+    return _CIS.sub(r"e^{i(\1)}", text)
+
+
+def _by_rounding(gold: Any, answer: Any, gold_text: str, answer_text: str) -> bool | None:
+    """The verdict where one side is a decimal and the other an exact number that is none; else None."""
+    import sympy
+
+    for decimal, exact in ((gold_text, answer), (answer_text, gold)):
+        value = exact_rational(decimal.strip())
+        if value is None or "." not in decimal or not getattr(exact, "is_number", False):
+            continue
+        if exact.has(sympy.Float, sympy.UnevaluatedExpr) or not exact.is_real:
+            continue
+        digits = sympy.Rational(str(sympy.N(exact, 50, maxn=400)))
+        near = Fraction(int(digits.p), int(digits.q))
+        return is_rounding_of(decimal.strip(), near) or abs(near - value) <= abs(value) / 10**45
+    return None
+
+
+def _equal_at_points(gold: Any, answer: Any) -> bool:
+    """Whether two expressions of the same variables are equal at fixed points,
+    in exact arithmetic and then 400
+    digits: what math-verify's simplification misses."""
+    import sympy
+
+    if not (isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr)):
+        return False
+    if any(side.has(sympy.oo, -sympy.oo, sympy.zoo, sympy.nan) for side in (gold, answer)):
+        return bool(gold == answer)
+    imaginary = {
+        symbol: sympy.I for side in (gold, answer) for symbol in side.free_symbols if str(symbol) == "i"
+    }
+    gold, answer = gold.subs(imaginary), answer.subs(imaginary)
+    if gold.free_symbols != answer.free_symbols or gold.has(sympy.Float) or answer.has(sympy.Float):
+        return False
+    symbols = sorted(gold.free_symbols, key=str)
+    for point in range(3 if symbols else 1):
+        values = {s: sympy.Rational(101 + 37 * i + 53 * point, 71 + 13 * i) for i, s in enumerate(symbols)}
+        one, other = (side.subs(values) for side in (gold, answer))
+        difference, scale = (sympy.N(each, RATIO_DIGITS, maxn=400) for each in (one - other, one))
+        if not (difference.is_number and difference.is_finite and scale.is_finite):
+            return False
+        if not abs(difference) <= ZERO_BOUND * max(1, abs(scale)):
+            return False
+    return True
+
+
 def compare_symbolically(question: SymbolicQuestion) -> tuple[Outcome, str]:
     """Compare by algebra; may run for ever or use any amount of memory. Only for a worker process."""
-    from math_verify import verify
-
-    gold = _parse(question.gold)
-    if gold is None:
+    algebra = _Algebra()
+    if any(same(gold, question.answer, algebra.equal) for gold in (question.gold, *question.others)):
+        return "correct", "symbolic"
+    if algebra.unread_gold:
         return "error", "gold_unparsed"
-    answer = _parse(question.answer)
-    if answer is None:
-        return "wrong", "unparsed"
-    if not verify(gold, answer, allow_set_relation_comp=True, timeout_seconds=None):
-        return "wrong", "symbolic"
-    if _differs_exactly(gold, answer):
-        return "wrong", "exact_guard"
-    return "correct", "symbolic"
+    return "wrong", "exact_guard" if algebra.refused else "unparsed" if algebra.unread_answer else "symbolic"
 
 
 def compare_plainly(question: SymbolicQuestion) -> tuple[Outcome, str]:
@@ -132,7 +234,9 @@ def _answer_questions(questions: IO[str], answers: IO[str], cpu_seconds: float) 
         _allow_cpu(cpu_seconds)
         try:
             compare = METHODS[question["method"]]
-            outcome, method = compare(SymbolicQuestion(question["gold"], question["answer"]))
+            outcome, method = compare(
+                SymbolicQuestion(question["gold"], question["answer"], others=tuple(question["others"]))
+            )
         except MemoryError:
             outcome, method = "error", "memory"
         except RecursionError:

@@ -12,12 +12,15 @@ from benchmarks.rows import RESULTS, read_rows
 from benchmarks.verifier import (
     DOCS,
     GSM8K,
+    STRANGERS,
+    count,
     gsm8k_cases,
     long_cases,
     near_misses,
     newest,
     read_cases,
     same_answers,
+    strangers_cases,
     table_lines,
 )
 from phi4r.verify.pool import VerifierPool
@@ -43,6 +46,30 @@ def test_renderings_of_a_number_are_right_and_near_misses_are_not(value: int, po
     assert [v for v in right if v.outcome != "correct"] == []
     spoilt = pool.map([(str(value), response) for response in near_misses(value)])
     assert [v for v in spoilt if v.outcome not in ("wrong", "no_answer")] == []
+
+
+def test_every_labelled_case_is_graded_as_its_label_says(pool: VerifierPool) -> None:
+    cases = [case for case in read_cases() if case["category"] != "adversarial"]
+    verdicts = pool.map([(case["gold"], case["response"]) for case in cases])
+    wrong = [
+        (case["category"], case["gold"], case["response"][-60:], verdict.outcome, verdict.method)
+        for case, verdict in zip(cases, verdicts, strict=True)
+        if verdict.correct != case["correct"]
+    ]
+    assert wrong == []
+
+
+@pytest.mark.skipif(
+    not STRANGERS.is_file(), reason=f"strangers' answers are not on this machine ({STRANGERS})"
+)
+def test_strangers_answers_stay_within_the_stated_rates(pool: VerifierPool) -> None:
+    """At most 1% of the wrong ones pass, 4% of the right ones fail."""
+    cases = strangers_cases(STRANGERS)
+    verdicts = pool.map([(case["gold"], case["response"]) for case in cases])
+    found = count(cases, verdicts)
+    num_right = sum(case["correct"] for case in cases)
+    assert found["false_positives"] <= 0.01 * (len(cases) - num_right)
+    assert found["false_negatives"] + found["undecided"] <= 0.04 * num_right
 
 
 @pytest.fixture(scope="module")

@@ -45,12 +45,25 @@ def test_verify_grades_each_line(tmp_path: Path) -> None:
     assert report.summary() == "6 responses graded: 3 correct, 1 error, 1 no_answer, 1 wrong"
 
 
+def test_one_of_several_gold_answers_is_enough(tmp_path: Path) -> None:
+    rows = [{"gold": ["7", "seven eighths"], "response": r} for r in ("7", r"\boxed{\frac78}", "8")]
+    run_verify(write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl", audit=True)
+    found = read(tmp_path / "out.jsonl")
+    assert [(row["outcome"], row["second"]) for row in found] == [
+        ("correct", ""),
+        ("correct", ""),
+        ("wrong", ""),
+    ]
+
+
 BAD = [
     ("{", "not valid JSON"),
     ("[1]", "expected a JSON object"),
     ({"response": "7"}, "field 'gold': missing"),
     ({"gold": 7, "response": "7"}, "field 'gold': expected a string, found 7"),
     ({"gold": " ", "response": "7"}, "field 'gold': empty"),
+    ({"gold": ["7", ""], "response": "7"}, "field 'gold': empty"),
+    ({"gold": [], "response": "7"}, "field 'gold': expected a string"),
     ({"gold": "7", "response": None}, "field 'response': expected a string, found null"),
     ({"gold": "7", "response": "\ud800"}, "field 'response': unpaired surrogate"),
 ]
@@ -74,8 +87,8 @@ def test_bad_lines_can_be_skipped_into_a_reject_file(tmp_path: Path) -> None:
     report = run_verify(source, tmp_path / "out.jsonl", on_bad_row="skip")
     assert [row["outcome"] for row in read(tmp_path / "out.jsonl")] == ["correct", "wrong"]
     rejects = read(tmp_path / "out.rejects.jsonl")
-    assert [reject["line"] for reject in rejects] == list(range(2, 9))
-    assert (report.rows, report.graded, report.rejected) == (9, 2, 7)
+    assert [reject["line"] for reject in rejects] == list(range(2, 2 + len(BAD)))
+    assert (report.rows, report.graded, report.rejected) == (2 + len(BAD), 2, len(BAD))
     assert report.reject_file == str(tmp_path / "out.rejects.jsonl")
 
 

@@ -40,6 +40,7 @@ def test_the_plurality_answer_wins_and_samples_without_answer_count_against_it()
     assert plurality(["7", " 7", "8", None]) == ("7", 0.5)
     assert plurality(["8", "7", "7", "8"]) == ("8", 0.5)
     assert plurality([None, None]) == ("", 0.0)
+    assert plurality(["2", "0.5", r"\frac12", "1/2", "2"]) == ("0.5", 0.6)
     assert plurality(["1/2", "0.5", "3"], same=lambda a, b: {a, b} == {"1/2", "0.5"}) == ("1/2", 2 / 3)
 
 

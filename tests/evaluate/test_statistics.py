@@ -83,6 +83,12 @@ def test_right_answers_are_one_candidate_however_they_are_written():
     assert statistics.maj_at_k([[True, False, False]], [["7", "1", "2"]], 3)[0] == pytest.approx(1 / 3)
 
 
+def test_wrong_answers_are_one_candidate_however_they_are_written():
+    correct = [[True, True, False, False, False]]
+    assert statistics.maj_at_k(correct, [["2", "2", "0.5", r"\frac12", "1/2"]], 5)[0] == 0.0
+    assert statistics.maj_at_k(correct, [["2", "2", "0.5", r"\frac12", "1/3"]], 5)[0] == 0.5
+
+
 def test_majority_of_one_vote_is_accuracy_and_runs_without_an_answer_do_not_vote():
     correct = rng(2).random((20, 9)) < 0.5
     answers = [[None if right else "w" for right in row] for row in correct]

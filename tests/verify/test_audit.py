@@ -48,7 +48,7 @@ def test_two_methods_agree_on_ordinary_answers_and_the_verdicts_stay(pool: Verif
         dataclasses.replace(v, seconds=0) for v in alone
     ]
     assert [(g, a, v) for (g, a), v in zip(AGREED, audited, strict=True) if v.second != v.outcome] == []
-    by_text = {"string", "rational", "rounded", "word"}
+    by_text = {"string", "rational", "rounded", "grammar"}
     assert all((v.second_method == "math_verify") == (v.method in by_text) for v in audited)
     assert {v.second_method for v in audited} == {"math_verify", "numeric"}
     assert audit_counts(audited) == {

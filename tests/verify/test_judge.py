@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
 import threading
@@ -20,6 +21,7 @@ from phi4r.verify.judge import KEY_VARIABLE, SHOWN_CHARS, Question, judge_counts
 from phi4r.verify.pool import VerifierPool
 from phi4r.verify.strict import Verdict
 
+SAYS_CORRECT = json.dumps({"choices": [{"message": {"content": "CORRECT"}}]}).encode()
 PROSE = "<think>3 + 4</think>\nSo all in all there are {} apples."
 
 
@@ -34,6 +36,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.script: Callable[[int, dict[str, Any]], tuple[int, str]] = lambda number, body: (200, "CORRECT")
         self.delay_s, self.stopping = 0.0, threading.Event()
+        self.raw, self.encoding = b"", ""
         self.bodies: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.lock, self.num_open, self.most_open = threading.Lock(), 0, 0
@@ -62,9 +65,12 @@ class Handler(BaseHTTPRequestHandler):
         with server.lock:
             server.num_open -= 1
         raw = json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
+        raw = server.raw or raw
         try:
             self.send_response(status)
             self.send_header("Content-Length", str(len(raw)))
+            if server.encoding:
+                self.send_header("Content-Encoding", server.encoding)
             self.end_headers()
             self.wfile.write(raw)
         except OSError:
@@ -258,3 +264,20 @@ def test_settings_of_the_judge_belong_together() -> None:
     ):
         with pytest.raises(ConfigError, match="judge"):
             RewardConfig(**bad)
+
+
+@pytest.mark.parametrize(
+    ("raw", "encoding"),
+    [
+        (b"[" * 30_000, ""),
+        (b'{"choices": ' + b"[" * 60_000, ""),
+        (b" " * (1 << 20) + SAYS_CORRECT, ""),
+        (gzip.compress(b" " * (8 << 20) + SAYS_CORRECT), "gzip"),
+        (b"\xff\xfe", ""),
+        (b"7" * 5000, ""),
+    ],
+    ids=["deep", "deeper", "long", "compressed", "no text", "a long number"],
+)
+def test_a_hostile_reply_is_no_word(server: Server, pool: VerifierPool, raw: bytes, encoding: str) -> None:
+    server.raw, server.encoding = raw, encoding
+    assert graded([PROSE.format("seven")], pool, settings(server.url)) == [("no_answer", "judge_unparsed")]

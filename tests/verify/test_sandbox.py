@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 from pathlib import Path
@@ -118,3 +119,47 @@ def test_what_does_not_end_is_ended() -> None:
     assert check_cases("import time; time.sleep(1000)", [("", "")], 0.5) == (None, "case 1: deadline")
     run = run_program("while True: print('x' * 1000)", "", 1.0)
     assert (run.ended, len(run.stdout) <= MAX_OUTPUT_BYTES) == ("failed", True)
+
+
+def test_a_program_cannot_pass_for_a_failing_sandbox() -> None:
+    run = run_program("import sys; sys.exit('bwrap: cannot make a sandbox')", "")
+    assert (run.ended, run.detail) == ("failed", "bwrap: cannot make a sandbox")
+    claims = (
+        "import os, sys\n"
+        "for fd in range(3, 64):\n"
+        "    try: os.write(fd, b'{\"exit-code\": 0}\\n')\n"
+        "    except OSError: continue\n"
+        "    print('open', fd)\n"
+        "sys.exit(3)\n"
+    )
+    run = run_program(claims, "")
+    assert (run.ended, run.stdout) == ("failed", "")
+
+
+def test_a_sandbox_that_cannot_be_made_is_no_verdict(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "bwrap"
+    broken.write_text("#!/bin/sh\necho 'bwrap: No permissions to create a new namespace' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(RuntimeError, match="No permissions"):
+        run_program("print(7)", "")
+
+
+def test_a_lone_surrogate_is_a_failed_program() -> None:
+    assert run_program("print('\ud800')", "").ended == "failed"
+    assert check_cases("print(7)", [("\udc80", "7")], 2.0) == (True, "all cases")
+
+
+def test_all_cases_of_a_program_share_one_deadline() -> None:
+    slow = "import time; time.sleep(0.6); print(7)"
+    verdict, why = check_cases(slow, [("", "7")] * 12, 1.0)
+    assert verdict is None
+    assert why.endswith("deadline")
+
+
+def test_programs_that_sleep_share_the_deadline_of_a_batch() -> None:
+    sleeping = response("import time; time.sleep(1000)\n")
+    with VerifierPool(2, 0.5) as pool:
+        verdicts = grade_responses([(problem(), sleeping)] * 12, pool)
+    assert {verdict.outcome for verdict in verdicts} == {"timeout"}
+    assert "batch deadline" in {verdict.method for verdict in verdicts}
