@@ -31,7 +31,7 @@ HERE = Path(__file__).parent
 TREE = HERE.parents[1]
 CHECKPOINT = HERE / "checkpoint_0.1.0"
 """Written by commit 8169e13; GRPO, evaluation and scoring start from it."""
-TIMEOUT_S = 400
+TIMEOUT_S = 900
 
 Row = dict[str, Any]
 Settings = Mapping[str, Any]
