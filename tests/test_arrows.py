@@ -25,8 +25,8 @@ ARROWS = {
         "slurm", "train",
     },
     "commands": {
-        "configs", "curate", "data", "evaluate", "models", "parallel", "plan", "rewards", "rl", "sampling",
-        "tasks", "train", "verify",
+        "configs", "curate", "data", "evaluate", "models", "objectives", "parallel", "plan", "rewards", "rl",
+        "sampling", "tasks", "train", "verify",
     },
     "slurm": {"configs", "plan"},
     "curate": {"configs", "data", "parallel", "rl", "sampling", "tasks", "train", "verify"},

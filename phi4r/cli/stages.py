@@ -38,6 +38,9 @@ def _overrides(ctx: typer.Context, stage: str, seed: str, on_bad_row: str) -> li
 def _run(stage: str, loaded: Loaded, run_dir: str, dry_run: bool, *arguments: Any) -> None:
     """Show the plan, or write config.json and run the stage's function on its ranks: main(config, *arguments,
     run_dir)."""
+    from phi4r.commands import parts
+
+    parts.check(loaded.config)
     folder = Path(run_dir or f"runs/{stage}_{loaded.recipe.name}")
     if dry_run:
         from phi4r.commands import dryrun

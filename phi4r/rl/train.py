@@ -28,7 +28,6 @@ from phi4r.core.seeds import Stream, epoch_order
 from phi4r.data.packing import Document, PackedRow
 from phi4r.objectives.terms import kl_estimate
 from phi4r.parallel.layout import distributed_session, init_layout
-from phi4r.rewards.function import get_reward
 from phi4r.rl.advantages import advantages_of
 from phi4r.rl.batch import (
     pack_updates,
@@ -53,7 +52,6 @@ def main(cfg: RLConfig, run_dir: Path) -> None:
     """Train, on every rank of the job; the same call with the same run folder resumes."""
     with distributed_session():
         layout = init_layout(cfg.parallel, cfg.seed)
-        get_reward(cfg.reward.function)  # one that does not fit is refused before anything is built
         tokenizer = open_tokenizer(cfg.tokenizer, cfg.init.checkpoint)
         model = resolve_model(cfg.model, tokenizer, cfg.init.checkpoint)
         problems, prompts = load_run_problems(cfg.problems, cfg.rollout, tokenizer, cfg.seed, run_dir, layout)
