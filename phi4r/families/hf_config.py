@@ -55,16 +55,21 @@ SILENT = (
 )  # fmt: skip
 """Keys that say nothing about the arithmetic of a forward pass."""
 
+FAMILY_KEY = "phi4r_family"
+"""Key of config.json with the import path of a family that is not registered; transformers passes it over."""
+
 DTYPES: dict[str, Dtype] = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16"}
 """torch's name of a dtype -> ours."""
 
 
-def candidates(raw: dict[str, Any]) -> list[Family]:
-    """The families whose `architectures` and `model_type` a config has."""
+def candidates(raw: dict[str, Any]) -> list[str]:
+    """The names of the families whose `architectures` and `model_type` a config has; of registered ones, or
+    of the one that it names by import path. Raises ConfigError for one that cannot be found."""
     architectures, kind = raw.get("architectures") or [], raw.get("model_type")
+    families = {name: get_family(name) for name in ([raw[FAMILY_KEY]] if raw.get(FAMILY_KEY) else FAMILIES)}
     return [
-        family
-        for family in map(get_family, FAMILIES)
+        name
+        for name, family in families.items()
         if architectures in ([], [family.architecture]) and kind in (None, family.model_type)
     ]
 
@@ -74,18 +79,16 @@ def model_config(raw: dict[str, Any], where: str, dtype: Dtype | None = None) ->
 
     The first family that covers the config gets it. Raises UserError, on one line, with every reason why the
     last candidate does not."""
-    families = candidates(raw)
-    if not families:
+    names = candidates(raw)
+    if not names:
         found = ", ".join(raw.get("architectures") or []) or repr(raw.get("model_type"))
-        known = dict.fromkeys(get_family(name).architecture for name in FAMILIES)
+        known = dict.fromkeys(get_family(raw.get(FAMILY_KEY) or name).architecture for name in FAMILIES)
         raise UserError(f"{where}: is a {found}, expected {' or '.join(known)}")
     reasons: list[str] = []
-    for name in FAMILIES:
-        family = get_family(name)
-        if family in families:
-            reasons = _reasons_against(family, raw)
-            if not reasons:
-                return _read(name, raw, where, dtype)
+    for name in names:
+        reasons = _reasons_against(get_family(name), raw)
+        if not reasons:
+            return _read(name, raw, where, dtype)
     raise UserError(f"{where}: " + "; ".join(reasons))
 
 
@@ -124,7 +127,7 @@ def _reasons_against(family: Family, raw: dict[str, Any]) -> list[str]:
         reasons.append("quantized weights are not supported")
     if (named := _dtype_name(raw)) and named not in DTYPES:
         reasons.append(f"dtype {named!r} is not supported (expected bfloat16, float32 or float64)")
-    known = {*NUMBERS, *ROPE, *SILENT, *family.fixed, *WINDOW, "tie_word_embeddings"}
+    known = {*NUMBERS, *ROPE, *SILENT, *family.fixed, *WINDOW, "tie_word_embeddings", FAMILY_KEY}
     for key, value in raw.items():
         if key not in known and value not in (None, False, {}, []) and "quantization" not in key:
             reasons.append(f"the key {key!r} ({_short(value)}) is not known and may change what is computed")
@@ -238,6 +241,8 @@ def hf_config(
         "torch_dtype": next(theirs for theirs, ours in DTYPES.items() if ours == model.dtype),
         **_rope_keys(model),
     }
+    if model.family not in FAMILIES:
+        own[FAMILY_KEY] = model.family
     ids: dict[str, Any] = {
         "bos_token_id": None,
         "eos_token_id": eos_ids[0] if eos_ids else None,
