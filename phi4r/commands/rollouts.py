@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from phi4r.core.errors import UserError
+from phi4r.families.registry import chat_formats
 from phi4r.rl.rollout_log import read_audit, read_rollouts, rollout_steps
 from phi4r.verify.audit import drawn
 
@@ -244,9 +245,13 @@ def response_text(text: str, answer: str, full: bool = True, style: str = "green
 
 
 def _problem_text(prompt: str) -> str:
-    """The last turn of a rendered prompt without the chat template's markers."""
-    turns: list[str] = re.findall(r"<\|im_sep\|>(.*?)<\|im_end\|>", prompt, flags=re.DOTALL)
-    return turns[-1] if turns else prompt
+    """The last turn of a user in a rendered prompt, without the special tokens of its chat format."""
+    for chat in chat_formats():
+        header = chat.header.format(role="user")
+        turns: list[str] = re.findall(f"{re.escape(header)}(.*?){re.escape(chat.end)}", prompt, re.DOTALL)
+        if turns:
+            return turns[-1]
+    return prompt
 
 
 def _spread(values: Sequence[float], form: str) -> str:

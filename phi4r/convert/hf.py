@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -183,6 +183,7 @@ def _write_configs(checkpoint: Path, folder: Path, manifest: Manifest, model: An
         eos_ids, pad_id = tokenizer.eos_ids, tokenizer.pad
     atomic_write_json(folder / "config.json", hf_config(model, base, eos_ids, pad_id))
     if not _copy(carried, folder, ("generation_config.json",)) and eos_ids:
-        generation = {"do_sample": True, "eos_token_id": list(eos_ids), "pad_token_id": pad_id}
+        recommended = asdict(model.description.sampling)
+        generation = {"do_sample": True, "eos_token_id": list(eos_ids), "pad_token_id": pad_id, **recommended}
         text = json.dumps(generation, indent=2) + "\n"
         (folder / "generation_config.json").write_text(text, encoding="utf-8")

@@ -15,9 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from phi4r.families.registry import chat_formats
+
 THINK = "<think>"
 END_THINK = "</think>"
-_END_MARKERS = ("<|im_end|>", "<|endoftext|>")
+_END_MARKERS = tuple(dict.fromkeys(end for chat in chat_formats() for end in (chat.end, chat.end_of_text)))
 
 # Longest unboxed solution that is looked at as a bare answer.
 MAX_PLAIN_CHARS = 400
