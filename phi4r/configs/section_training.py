@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -158,6 +159,17 @@ class OptimizerConfig:
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optimizer.{name}", f"must be at least 0 and below 1, got {value}")
+
+    def learning_rate(self, step: int, num_steps: int) -> float:
+        """Of optimizer step `step` (from 0): linear warm-up, then the decay to `min_lr_ratio * lr` at
+        `num_steps`. The paper warms SFT up over 450 steps and does not say how it decays."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        if self.decay == "constant":
+            return self.lr
+        progress = min(1.0, (step - self.warmup_steps) / max(1, num_steps - self.warmup_steps))
+        shape = 0.5 * (1 + math.cos(math.pi * progress)) if self.decay == "cosine" else 1 - progress
+        return self.lr * (self.min_lr_ratio + (1 - self.min_lr_ratio) * shape)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from phi4r import __version__
 from phi4r.core.console import say
 from phi4r.core.errors import UserError
 from phi4r.core.io import atomic_write_text, read_jsonl
-from phi4r.evaluate import plots, story, timeline
+from phi4r.evaluate import findings, plots, sample_pairs, timeline
 from phi4r.evaluate.results import (
     Record,
     Results,
@@ -130,8 +130,8 @@ def build_report(inputs: ReportInputs, folder: str | Path) -> Report:
     page = _render(
         title=inputs.title,
         description=inputs.description,
-        headline=story.headline(compared, gain),
-        story=story.story(compared, gain),
+        headline=findings.headline(compared, gain),
+        findings=findings.findings(compared, gain),
         facts=_facts(inputs, sft, rl, stages),
         rows=_table_rows(summaries),
         k=_common_k(summaries),
@@ -140,9 +140,9 @@ def build_report(inputs: ReportInputs, folder: str | Path) -> Report:
         stages=stages,
         samples=_samples(inputs, evals),
         picked=not inputs.rollouts,
-        caveats=[*story.caveats(compared, gain), *inputs.notes],
+        caveats=[*findings.caveats(compared, gain), *inputs.notes],
         commands=list(inputs.commands),
-        seconds=", ".join(f"{name} {story.duration(value)}" for name, value in inputs.seconds.items()),
+        seconds=", ".join(f"{name} {findings.duration(value)}" for name, value in inputs.seconds.items()),
         versions=", ".join(f"{name} {version}" for name, version in _versions()),
         system=f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
         seed=None if config is None else config.get("seed"),
@@ -367,7 +367,7 @@ def _facts(
                 parts.append(f"{label} {values[0]:.3f} \u2192 {values[-1]:.3f}")
         facts.append((name, ", ".join(parts)))
     if inputs.seconds:
-        facts.append(("Time in all", story.duration(sum(inputs.seconds.values()))))
+        facts.append(("Time in all", findings.duration(sum(inputs.seconds.values()))))
     return facts
 
 
@@ -422,19 +422,19 @@ def _samples(inputs: ReportInputs, evals: Mapping[str, Results]) -> list[dict[st
             group = groups.setdefault(
                 row["problem_id"], {"prompt": row.get("prompt", ""), "reason": "", "responses": []}
             )
-            group["responses"].append(story.response(str(row.get("stage", "")), row))
+            group["responses"].append(sample_pairs.response(str(row.get("stage", "")), row))
         return list(groups.values())
     names = list(evals)[-2:]
     if len(names) < 2:
         return []
     samples = []
-    for pair in story.pick_pairs(*(evals[name] for name in names)):
+    for pair in sample_pairs.pick_pairs(*(evals[name] for name in names)):
         responses = []
         for stage, record in zip(names, (pair.before, pair.after), strict=True):
             row = asdict(record)
             if inputs.reward is not None:
                 row["reward"] = inputs.reward(record)
-            responses.append(story.response(stage, row))
+            responses.append(sample_pairs.response(stage, row))
         prompt = pair.before.problem or pair.before.problem_id
         samples.append({"prompt": prompt, "reason": pair.reason, "responses": responses})
     return samples

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from phi4r.evaluate import plots
-from phi4r.evaluate.story import duration
+from phi4r.evaluate.findings import duration
 
 TRAINER, ROLLOUTS = "trainer", "rollouts"
 SHOWN_STEPS = 4

@@ -43,7 +43,6 @@ from phi4r.rl.rollout_log import write_audit, write_rollouts
 from phi4r.sampling.open import open_rollout_engine
 from phi4r.train.engine import Engine, StepResult
 from phi4r.train.loop import open_loop
-from phi4r.train.schedule import learning_rate
 from phi4r.train.session import open_frozen, open_tokenizer, resolve_model
 from phi4r.verify.pool import VerifierPool
 
@@ -137,7 +136,7 @@ def update(
             random = np.random.default_rng([cfg.seed, Stream.SELECTED_TOKENS, step])
             rows = with_selected_tokens(rows, entropies_RT, objective, random)
     loss = policy_loss(objective, on_policy=num_updates == 1, gap_threshold=cfg.rollout.gap_threshold)
-    lr = learning_rate(cfg.optimizer, step, cfg.train.num_steps)
+    lr = cfg.optimizer.learning_rate(step, cfg.train.num_steps)
     results, left = [], iter(rows)
     for part in updates:
         batch = list(itertools.islice(left, len(part)))

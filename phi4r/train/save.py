@@ -229,17 +229,14 @@ class CheckpointSaver:
         self.retention, self.background, self.timeout_s = retention or Retention(), background, timeout_s
         if dist.get_rank() == 0:
             self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.is_writing = False
+        """Whether a checkpoint was begun and is not visible yet. The same on all ranks."""
         self._pending: _Pending | None = None
         self._plan: SavePlan | None = None
         self._index: Metadata | None = None
         self._share_out: Any = None
         self._buffers: dict[Any, Tensor] = {}
         self._cleaner: threading.Thread | None = None
-
-    @property
-    def is_writing(self) -> bool:
-        """Whether a checkpoint was begun and is not visible yet. The same on all ranks."""
-        return self._pending is not None
 
     def begin(self, step: int, state: dict[str, Any], metrics: Mapping[str, float] | None = None) -> None:
         """Copy what the checkpoint of `step` needs and start writing it; `poll` or `wait` finishes it.
@@ -256,6 +253,7 @@ class CheckpointSaver:
         with quiet():
             chunks, common = self._snapshot()
         self._pending = pending = _Pending(step, manifest, temporary, began, chunks, common)
+        self.is_writing = True
         if self.background:
             threading.Thread(target=self._write, args=(pending,), name="checkpoint", daemon=True).start()
         else:
@@ -380,7 +378,7 @@ class CheckpointSaver:
     # --- in the training thread again
 
     def _finish(self) -> Saved:
-        pending, self._pending = self._pending, None
+        pending, self._pending, self.is_writing = self._pending, None, False
         assert pending is not None
         began = time.perf_counter()
         written, problem = pending.written, ""

@@ -20,7 +20,6 @@ from phi4r.parallel.layout import Layout, broadcast_object, distributed_session,
 from phi4r.tasks import get_task
 from phi4r.train.engine import Engine, sft_loss
 from phi4r.train.loop import open_loop
-from phi4r.train.schedule import learning_rate
 from phi4r.train.session import open_tokenizer, resolve_model
 
 
@@ -87,7 +86,7 @@ def main(cfg: SFTConfig, run_dir: Path) -> None:
             for step in loop.steps():
                 loop.begin_step()
                 rows = loader.next()
-                lr = learning_rate(cfg.optimizer, step, cfg.train.num_steps)
+                lr = cfg.optimizer.learning_rate(step, cfg.train.num_steps)
                 loop.clock.phase("train")
                 result = engine.train_step(rows, sft_loss, lr)
                 loop.check_finite(step, result, rows)

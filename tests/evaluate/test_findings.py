@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from phi4r.evaluate import story
+from phi4r.evaluate import findings, sample_pairs
 from phi4r.evaluate.results import Record, Results, SummarySettings, compare, summarise
 
 SETTINGS = SummarySettings(bootstrap=300, permutations=2000)
@@ -30,7 +30,7 @@ def results(correct_QR: np.ndarray, tokens: int | np.ndarray = 10, **changes: ob
 def tell(before: Results, after: Results) -> tuple[list[str], list[str]]:
     summaries = {"SFT": summarise(before, SETTINGS), "GRPO": summarise(after, SETTINGS)}
     gain = compare(before, after, SETTINGS)
-    return story.story(summaries, gain), story.caveats(summaries, gain)
+    return findings.findings(summaries, gain), findings.caveats(summaries, gain)
 
 
 def draw(rate: float | np.ndarray, seed: int, num_problems: int = 60) -> np.ndarray:
@@ -76,9 +76,13 @@ def test_truncation_and_ungraded_answers_are_mentioned_only_when_there_are_any()
 
 def test_one_evaluation_is_told_alone_and_none_not_at_all():
     summaries = {"SFT": summarise(results(draw(0.5, 11)), SETTINGS)}
-    assert story.story(summaries, None)[0].startswith("After SFT the model answers ")
-    assert story.headline(summaries, None).badge.startswith("95% CI ")
-    assert (story.story({}, None), story.caveats({}, None), story.headline({}, None)) == ([], [], None)
+    assert findings.findings(summaries, None)[0].startswith("After SFT the model answers ")
+    assert findings.headline(summaries, None).badge.startswith("95% CI ")
+    assert (findings.findings({}, None), findings.caveats({}, None), findings.headline({}, None)) == (
+        [],
+        [],
+        None,
+    )
 
 
 def test_samples_are_picked_by_rule_and_include_a_failure():
@@ -86,7 +90,7 @@ def test_samples_are_picked_by_rule_and_include_a_failure():
     after = np.array([[1, 1], [1, 1], [1, 1], [0, 1]], dtype=bool)
     longer = np.full(after.shape, 10)
     longer[1, 1] = 30
-    pairs = story.pick_pairs(results(before, texts=True), results(after, longer, texts=True))
+    pairs = sample_pairs.pick_pairs(results(before, texts=True), results(after, longer, texts=True))
     assert [(pair.before.problem_id, pair.reason) for pair in pairs] == [
         ("p000", "wrong before, right after"),
         ("p002", "wrong before, right after"),
@@ -94,7 +98,9 @@ def test_samples_are_picked_by_rule_and_include_a_failure():
         ("p003", "right before, wrong after"),
     ]
     assert [(pair.before.run, pair.after.run) for pair in pairs] == [(0, 0), (0, 0), (1, 1), (0, 0)]
-    assert story.pick_pairs(results(before), results(after)) == []  # without texts there is nothing to show
+    assert (
+        sample_pairs.pick_pairs(results(before), results(after)) == []
+    )  # without texts there is nothing to show
 
 
 @pytest.mark.parametrize(
@@ -108,7 +114,7 @@ def test_samples_are_picked_by_rule_and_include_a_failure():
     ],
 )
 def test_a_response_is_split_at_its_think_block(text: str, think: str | None, answer: str | None):
-    assert story.split_think(text) == (think, answer)
+    assert sample_pairs.split_think(text) == (think, answer)
 
 
 def test_rollout_rows_become_responses_with_their_reward_parts():
@@ -126,10 +132,10 @@ def test_rollout_rows_become_responses_with_their_reward_parts():
             "rho": 0.1,
         },
     }
-    shown = story.response("GRPO", row)
+    shown = sample_pairs.response("GRPO", row)
     assert (shown.think, shown.answer, shown.verdict, shown.finished) == ("a", "b", "no answer", False)
     assert shown.reward == [("reward R", "−0.615"), ("R_acc", "−1.000"), ("R_rep", "0"), ("rule", "no_think")]
-    long = story.response("GRPO", {"text": "<think>" + "x" * 30_000 + "</think>1"})
+    long = sample_pairs.response("GRPO", {"text": "<think>" + "x" * 30_000 + "</think>1"})
     assert long.think.endswith("[... 10,000 more characters]")
 
 
@@ -138,4 +144,4 @@ def test_rollout_rows_become_responses_with_their_reward_parts():
     [(8.44, "8.4 s"), (59.6, "1 min 0 s"), (72.4, "1 min 12 s"), (7260, "2 h 1 min"), (0, "0.0 s")],
 )
 def test_durations_are_readable(seconds: float, text: str):
-    assert story.duration(seconds) == text
+    assert findings.duration(seconds) == text

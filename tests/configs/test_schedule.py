@@ -8,14 +8,13 @@ from itertools import pairwise
 import pytest
 
 from phi4r.configs.sections import OptimizerConfig
-from phi4r.train.schedule import learning_rate
 
 NUM_STEPS = 100
 
 
 def rates(**settings: object) -> list[float]:
     config = OptimizerConfig(**{"lr": 2.0, "warmup_steps": 10, "min_lr_ratio": 0.1, **settings})  # type: ignore[arg-type]
-    return [learning_rate(config, step, NUM_STEPS) for step in range(NUM_STEPS + 5)]
+    return [config.learning_rate(step, NUM_STEPS) for step in range(NUM_STEPS + 5)]
 
 
 @pytest.mark.parametrize("decay", ["constant", "cosine", "linear"])
@@ -53,11 +52,11 @@ def test_cosine_is_half_way_at_half_time_and_flat_at_its_ends() -> None:
 
 def test_a_run_that_ends_within_its_warm_up_never_decays() -> None:
     config = OptimizerConfig(lr=1.0, warmup_steps=10)
-    assert [learning_rate(config, step, 5) for step in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
-    assert learning_rate(config, 10, 10) == 1.0
+    assert [config.learning_rate(step, 5) for step in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+    assert config.learning_rate(10, 10) == 1.0
 
 
 def test_the_rate_depends_on_the_step_alone_so_that_a_resumed_run_goes_on_with_it() -> None:
     config = OptimizerConfig(lr=1.0, warmup_steps=3)
-    forward = [learning_rate(config, step, 20) for step in range(20)]
-    assert [learning_rate(config, step, 20) for step in reversed(range(20))] == forward[::-1]
+    forward = [config.learning_rate(step, 20) for step in range(20)]
+    assert [config.learning_rate(step, 20) for step in reversed(range(20))] == forward[::-1]
