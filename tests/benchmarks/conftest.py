@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PLANTED = ("kernels/test_attention_planted.py", "kernels/test_linear_loss_planted.py", "rl/test_rollout.py",
-           "data/test_packing.py")  # fmt: skip
+PLANTED = ("kernels/test_attention_planted.py", "kernels/test_linear_loss_planted.py",
+           "sampling/test_embedded.py", "data/test_packing.py")  # fmt: skip
 SMALL = ["--device", "cpu", "--shape", "tiny", "--seconds", "0", "--min-rounds", "2"]
 ENTRIES: dict[str, list[str]] = {
     "attention": [*SMALL, "--tokens", "64", "128", "--mixes", "dense", "uniform"],
