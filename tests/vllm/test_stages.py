@@ -17,6 +17,8 @@ from tests.vllm.conftest import serving
 pytestmark = [pytest.mark.vllm, pytest.mark.multiprocess]
 
 LONGEST = 200
+# Two requests at once on each: the server that is ready first cannot take all of them.
+SERVED = ["--sampling.engine", "vllm", "--sampling.max_in_flight", "2", "--vllm.addresses"]
 GREEDY = [
     "--sampling.temperature", "0", "--sampling.max_new_tokens", "30", "--eval.runs", "1",
     "--eval.num_problems", "24", "--eval.bootstrap", "100",
@@ -51,7 +53,7 @@ def servers_of(run_dir: Path) -> set[str]:
 def test_greedy_evaluation_equals_the_embedded_engines(trained: Path, addresses: str, tmp_path: Path) -> None:
     words = ["eval", str(trained), "modchain", *GREEDY]
     finish(words, tmp_path / "embedded")
-    finish([*words, "--sampling.engine", "vllm", "--vllm.addresses", addresses], tmp_path / "vllm")
+    finish([*words, *SERVED, addresses], tmp_path / "vllm")
     for name in ("results.jsonl", "summary.json"):
         assert (tmp_path / "vllm" / name).read_bytes() == (tmp_path / "embedded" / name).read_bytes()
     assert servers_of(tmp_path / "vllm") == set(addresses.split(","))
@@ -65,7 +67,7 @@ def test_curation_measures_pass_rates_on_servers(trained: Path, addresses: str, 
         "--curate.band_high", "1", "--sampling.max_new_tokens", "20", "--sampling.temperature", "0",
     ]  # fmt: skip
     finish(words, tmp_path / "embedded")
-    finish([*words, "--sampling.engine", "vllm", "--vllm.addresses", addresses], tmp_path / "vllm")
+    finish([*words, *SERVED, addresses], tmp_path / "vllm")
     assert (tmp_path / "vllm/curated.jsonl").read_bytes() == (
         tmp_path / "embedded/curated.jsonl"
     ).read_bytes()
@@ -83,7 +85,7 @@ def test_generation_answers_problems_with_the_papers_settings(
     words = [
         "generate", str(trained), "--problems", str(problems), "--samples", "3", "--max-new-tokens", "20",
         "--temperature", "0.8", "--top-p", "0.95", "--top-k", "50",
-        "--sampling.engine", "vllm", "--vllm.addresses", addresses,
+        *SERVED, addresses,
     ]  # fmt: skip
     finish(words, tmp_path / "run")
     answers = rows(tmp_path / "run" / "answers.jsonl")
@@ -107,8 +109,8 @@ def test_a_killed_evaluation_on_servers_asks_only_for_what_is_missing(
 ) -> None:
     words = [
         "eval", str(trained), "modchain", "--eval.runs", str(RUNS), "--eval.num_problems", str(PROBLEMS),
-        "--sampling.max_new_tokens", "60", "--sampling.max_in_flight", "2", "--sampling.temperature", "0.8",
+        "--sampling.max_new_tokens", "60", "--sampling.temperature", "0.8",
         "--sampling.top_p", "0.95", "--sampling.top_k", "50", "--eval.bootstrap", "200",
-        "--sampling.engine", "vllm", "--vllm.addresses", addresses,
+        *SERVED, addresses,
     ]  # fmt: skip
     killed_and_whole(words, tmp_path, 20)
