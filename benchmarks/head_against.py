@@ -3,8 +3,8 @@
     python -m benchmarks.head_against COMMIT [--tokens 1024] [--hidden 256] [--vocab 8192] [--rounds 9]
 
 Each tree has a process of its own with one thread, which runs `benchmarks.head_peers.ours`, forward and
-backward, when it is asked to: the two take turns, so that whatever else the machine does falls on both. Rows go
-to results/head_against.csv: the median CPU seconds of each and the median of the rounds' ratios, with the
+backward, when it is asked to: the two take turns, so that whatever else the machine does falls on both. Rows
+go to results/head_against.csv: the median CPU seconds of each and the median of the rounds' ratios, with the
 middle half of them.
 """
 
