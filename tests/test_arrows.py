@@ -167,7 +167,7 @@ def test_only_four_packages_import_megatron() -> None:
             assert package_of(path) in MEGATRON, path
 
 
-def test_kernels_never_import_phi4r_and_nothing_imports_tests_or_benchmarks() -> None:
+def test_kernels_never_import_phi4r_and_nothing_imports_tests() -> None:
     for path in files("kernels"):
         assert not any(name.split(".")[0] == "phi4r" for name in imports_of(path)), path
     for path in files("phi4r") + files("kernels"):

@@ -56,7 +56,7 @@ def test_phi_4_has_its_number_of_parameters() -> None:
 
 
 @pytest.mark.parametrize("lengths", [[512], [100, 28, 300]])
-def test_attention_flops_are_torch_s_for_full_attention_and_half_of_them_for_causal(
+def test_attention_flops_are_torch_s_and_half_of_them_for_causal(
     lengths: list[int],
 ) -> None:
     phi4 = SHAPES["phi4"]

@@ -128,7 +128,7 @@ def test_an_interruption_is_exit_code_130(
     assert (code, err) == (130, "phi4r: interrupted\n")
 
 
-def test_a_dry_run_prints_settings_with_their_origin_and_the_plan_and_writes_nothing(tmp_path: Path) -> None:
+def test_a_dry_run_prints_settings_origins_and_plan_and_writes_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     ended = phi4r("sft", "tiny", "--dry-run", "--parallel.tp", "2", "--parallel.sp", "--run-dir", str(folder))
     assert (ended.returncode, ended.stderr) == (0, "")

@@ -59,7 +59,7 @@ def test_rows_come_back_as_they_were_written_in_step_order(run_dir: Path) -> Non
     assert first == row(2, 0, 0, "correct", tokens=1)
 
 
-def test_writing_a_step_again_replaces_it_and_a_failed_write_leaves_it_whole(run_dir: Path) -> None:
+def test_a_step_written_again_replaces_it_and_a_failed_write_does_not(run_dir: Path) -> None:
     write_rollouts(run_dir, 2, [row(2, 0, 0)])
     assert len(list(read_rollouts(run_dir, 2))) == 1
     before = rollout_path(run_dir, 2).read_bytes()
@@ -114,7 +114,7 @@ def test_aggregates_are_over_all_selected_rows(run_dir: Path) -> None:
     assert aggregates([parse_row(r) for r in same])["groups_without_variance"] == 0.5
 
 
-def test_without_a_step_the_newest_is_shown_and_a_problem_is_followed_through_all(run_dir: Path) -> None:
+def test_without_a_step_the_newest_is_shown_and_a_problem_through_all(run_dir: Path) -> None:
     assert "step 5" in shown(run_dir)
     assert "step 1" not in shown(run_dir)
     followed = shown(run_dir, problem="modchain-1", outcome="correct")
@@ -158,7 +158,7 @@ def test_long_texts_are_cut_unless_asked_for_in_full(tmp_path: Path) -> None:
     assert "THE END 7" in shown(tmp_path)
 
 
-def test_the_think_block_is_dimmed_and_the_last_answer_after_it_highlighted() -> None:
+def test_the_think_block_is_dimmed_and_the_last_answer_highlighted() -> None:
     text = response_text("<think>7 or 8</think>so 7, yes 7", "7")
     styles = {text.plain[span.start : span.end]: str(span.style) for span in text.spans}
     assert text.style == "dim"

@@ -56,7 +56,7 @@ def test_a_run_that_ends_within_its_warm_up_never_decays() -> None:
     assert config.learning_rate(10, 10) == 1.0
 
 
-def test_the_rate_depends_on_the_step_alone_so_that_a_resumed_run_goes_on_with_it() -> None:
+def test_the_rate_depends_on_the_step_alone() -> None:
     config = OptimizerConfig(lr=1.0, warmup_steps=3)
     forward = [config.learning_rate(step, 20) for step in range(20)]
     assert [config.learning_rate(step, 20) for step in reversed(range(20))] == forward[::-1]

@@ -36,7 +36,7 @@ def test_phi4_has_exactly_as_many_parameters_as_published() -> None:
     assert one_layer == 340_797_440
 
 
-def test_the_reasoning_preset_doubles_rope_base_and_context_and_nothing_else() -> None:
+def test_the_reasoning_preset_changes_rope_base_and_context_alone() -> None:
     before, after = presets()["phi4"], presets()["phi4_reasoning"]
     assert {key: (before[key], after[key]) for key in before if before[key] != after[key]} == {
         "rope_theta": (250_000.0, 500_000.0),
@@ -67,7 +67,7 @@ def test_phi4_refuses_other_tensor_parallel_sizes_with_the_reason(tp: int) -> No
     assert caught.value.key == "parallel.tp"
 
 
-def test_the_vocabulary_of_phi4_is_padded_where_tensor_parallelism_does_not_divide_it() -> None:
+def test_the_vocabulary_of_phi4_is_padded_where_tp_does_not_divide_it() -> None:
     assert [vocab_rows(PHI4.vocab_size, tp) * tp - PHI4.vocab_size for tp in (1, 2, 5, 10)] == [
         0,
         0,
@@ -223,7 +223,7 @@ def test_reward_lengths_keep_the_papers_proportions() -> None:
     assert (own.max_tokens, own.positive_tokens, own.negative_tokens) == (100, 50, 10)
 
 
-def test_every_setting_is_documented_and_of_a_type_that_fits_a_command_line() -> None:
+def test_every_setting_is_documented_and_fits_a_command_line() -> None:
     for cls in [*all_sections().values(), *STAGES.values()]:
         for name, field in fields_of(cls).items():
             assert len(docs_of(cls).get(name, "")) > 10, f"{cls.__name__}.{name} has no documentation"

@@ -31,7 +31,7 @@ def test_progress_is_plain_lines_with_percent_metrics_and_eta(capsys: pytest.Cap
     assert all(re.search(r"  loss 1\.235  tokens 1,024  ETA \d+:\d\d$", line) for line in lines)
 
 
-def test_steps_of_an_earlier_run_count_for_the_percentage_and_not_for_the_eta() -> None:
+def test_steps_of_an_earlier_run_count_for_percent_and_not_for_eta() -> None:
     with Progress("sft", 100, start=90) as progress:
         assert progress.eta_s is None
         progress._began -= 10.0

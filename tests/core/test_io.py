@@ -58,7 +58,7 @@ def test_lines_appear_when_the_block_ends_well_and_not_otherwise(tmp_path: Path)
     assert writer.num_written == 2
 
 
-def test_appended_lines_are_there_at_once_and_a_killed_writers_half_line_goes(tmp_path: Path) -> None:
+def test_appended_lines_are_there_at_once_and_a_half_line_goes(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"x": 1}\n{"x": 2')
     with JsonlWriter(path, append=True) as writer:

@@ -95,7 +95,7 @@ def test_an_owner_on_another_machine_lives_while_it_refreshes(
         pass
 
 
-def test_a_later_start_of_a_job_takes_over_and_the_earlier_one_ends_without_saving(
+def test_a_later_start_takes_over_and_the_earlier_ends_without_saving(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "17")

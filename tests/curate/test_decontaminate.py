@@ -68,7 +68,7 @@ def test_a_copy_with_words_put_in_is_found_by_its_share_of_short_runs() -> None:
     assert reasons([padded, OTHER], [HELD]) == ["leak_overlap", ""]
 
 
-def test_changed_numbers_are_found_by_the_masked_pass_only_and_counted_apart() -> None:
+def test_changed_numbers_are_found_by_the_masked_pass_alone() -> None:
     held = "Each box holds 12 pens, there are 5 boxes on 3 shelves and 2 more on 4 tables in 6 rooms, total?"
     changed = (
         "Each box holds 15 pens, there are 7 boxes on 8 shelves and 3 more on 9 tables in 4 rooms, total?"

@@ -36,7 +36,7 @@ def test_impossible_rates_and_bands_are_refused(rates: list[float], low: float, 
         teachable_band(pool(2), np.array(rates), low, high)
 
 
-def test_the_plurality_answer_wins_and_samples_without_answer_count_against_it() -> None:
+def test_the_plurality_wins_and_missing_answers_count_against_it() -> None:
     assert plurality(["7", " 7", "8", None]) == ("7", 0.5)
     assert plurality(["8", "7", "7", "8"]) == ("8", 0.5)
     assert plurality([None, None]) == ("", 0.0)
@@ -44,7 +44,7 @@ def test_the_plurality_answer_wins_and_samples_without_answer_count_against_it()
     assert plurality(["1/2", "0.5", "3"], same=lambda a, b: {a, b} == {"1/2", "0.5"}) == ("1/2", 2 / 3)
 
 
-def test_plurality_fills_missing_answers_only_and_removes_where_samples_disagree() -> None:
+def test_plurality_fills_missing_answers_and_removes_disagreements() -> None:
     problems = [Problem("a", "q", "5"), Problem("b", "q", ""), Problem("c", "q", "")]
     result = fill_by_plurality(problems, [["6", "6"], ["6", "6", "7"], ["1", "2", "3"]], min_agreement=0.5)
     assert [(problem.id, problem.answer) for problem in result.kept] == [("a", "5"), ("b", "6")]
@@ -59,7 +59,7 @@ def test_epochs_go_by_cluster_then_task_then_star_then_once() -> None:
     assert mixture_counts(problems, {"modchain": 2.0}).tolist() == [2, 2, 1, 1]
 
 
-def test_fractional_epochs_hold_on_average_and_do_not_depend_on_the_other_problems() -> None:
+def test_fractional_epochs_hold_on_average_for_each_problem_alone() -> None:
     problems = pool(4000)
     counts = mixture_counts(problems, {"*": 1.3}, seed=5)
     assert set(counts.tolist()) == {1, 2}

@@ -15,7 +15,7 @@ TASKS = ["modchain", "addition", "countdown"]
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_the_same_arguments_give_the_same_bytes_and_another_seed_other_ones(name: str) -> None:
+def test_the_same_arguments_give_the_same_bytes(name: str) -> None:
     task = get_task(name)
     heldout = generate_heldout(task, 3, 20)
     pool = generate_raw_pool(task, 3, 100, heldout)

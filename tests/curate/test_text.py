@@ -63,7 +63,7 @@ def test_pure_arithmetic_is_told_from_prose() -> None:
     assert analyse("Compute 3*7").core == analyse("What is 3 * 7?").core
 
 
-def test_numbers_operators_and_comparison_words_are_quantities_and_names_are_not() -> None:
+def test_numbers_operators_and_comparisons_are_quantities_names_are_not() -> None:
     text = analyse("Tom has twice as many apples as Ann; Ann has 3 more than x.")
     assert text.quantities == ("twice", "3", "more", "x")
 

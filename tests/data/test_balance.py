@@ -16,7 +16,7 @@ def rows_of(lengths: list[int], row_tokens: int) -> list[PackedRow]:
     return pack(documents, row_tokens)
 
 
-def test_the_cost_of_a_row_counts_the_pairs_inside_its_documents_and_its_padding() -> None:
+def test_the_cost_of_a_row_counts_pairs_inside_documents_and_padding() -> None:
     (row,) = rows_of([30, 20, 4], 64)
     mask = np.zeros((64, 64), dtype=bool)
     for start, end in ((0, 30), (30, 50), (50, 54), (54, 64)):

@@ -56,7 +56,7 @@ def test_a_loader_that_starts_later_goes_on_with_exactly_the_next_rows(shards: t
     how="the rows of one rank",
     layouts="dp 1, dp 2, dp 3, dp 6",
 )
-def test_any_number_of_ranks_shares_out_the_same_rows_and_reads_only_its_own(
+def test_any_number_of_ranks_shares_the_rows_and_reads_only_its_own(
     shards: tuple[Path, Path], dp: int
 ) -> None:
     rows = ShardRows(shards[1])
@@ -121,7 +121,7 @@ def sft(run: Path, data: Path, *words: str) -> list[dict[str, float]]:
     how="metrics of the real trainer: equal, 1e-5 after the change",
     layouts="dp 1 -> dp 2",
 )
-def test_sft_from_shards_gives_the_metrics_of_sft_from_memory_also_resumed_on_two_ranks(
+def test_sft_from_shards_equals_sft_from_memory_also_resumed_on_two_ranks(
     shards: tuple[Path, Path], tmp_path: Path
 ) -> None:
     path, folder = shards

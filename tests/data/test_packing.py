@@ -137,7 +137,7 @@ def test_packing_is_deterministic_and_first_fit_decreasing() -> None:
     assert [np.unique(row.doc_index[row.doc_index >= 0]).tolist() for row in rows] == [[0, 1], [2, 3], [4, 5]]
 
 
-def test_long_documents_are_refused_cut_to_their_head_or_skipped_and_counted() -> None:
+def test_long_documents_are_refused_truncated_or_skipped_and_counted() -> None:
     documents = make_documents([4, 10, 8])
     documents = [Document(d.tokens, np.ones(len(d.tokens), dtype=bool), d.extras) for d in documents]
     with pytest.raises(UserError, match=r"b:2 has 10 tokens, data\.seq_length is 8"):

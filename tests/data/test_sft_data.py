@@ -55,7 +55,7 @@ def test_a_file_is_split_by_seed_and_both_parts_are_packed(tmp_path: Path) -> No
     assert texts(other.heldout) != texts(data.heldout)
 
 
-def test_a_question_that_is_held_out_is_not_trained_on_under_another_id_or_spacing(tmp_path: Path) -> None:
+def test_a_held_out_question_is_not_trained_on_under_another_spelling(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     rows = [
         {"problem": f"{i % 10} +{' ' * (1 + i // 10)}1?", "answer": "5", "solution": "5"} for i in range(40)
@@ -69,7 +69,7 @@ def test_a_question_that_is_held_out_is_not_trained_on_under_another_id_or_spaci
     assert any("6 training examples ask a held-out question" in line for line in data.report.lines())
 
 
-def test_generated_problems_need_no_file_and_do_not_repeat_held_out_questions() -> None:
+def test_generated_problems_do_not_repeat_held_out_questions() -> None:
     config = DataConfig(num_generated=300, heldout=50, seq_length=256)
     generated = get_task(config.task).examples(0, 0, 350)
     data = build_sft_data(config, BUILTIN, seed=0, generated=generated)
@@ -87,14 +87,14 @@ def test_generated_problems_need_no_file_and_do_not_repeat_held_out_questions() 
     assert abs(empty - len(targets) / 2) < 5 * np.sqrt(len(targets)) / 2
 
 
-def test_a_held_out_file_is_used_whole_and_its_overlap_leaves_the_training_set(tmp_path: Path) -> None:
+def test_the_overlap_with_a_held_out_file_leaves_the_training_set(tmp_path: Path) -> None:
     train, heldout = problem_file(tmp_path / "train.jsonl", 30), problem_file(tmp_path / "held.jsonl", 10)
     data = build_sft_data(DataConfig(path=str(train), heldout_path=str(heldout)), BUILTIN, seed=0)
     everything_is_accounted_for(data)
     assert (len(data.train), len(data.heldout), data.report.overlap) == (20, 10, 10)
 
 
-def test_rows_that_cannot_be_trained_on_are_named_or_written_to_the_reject_file(tmp_path: Path) -> None:
+def test_rows_that_cannot_be_trained_on_are_named_or_rejected(tmp_path: Path) -> None:
     path = problem_file(tmp_path / "p.jsonl", 10)
     unclosed = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "<think>5"}]}
     with path.open("a") as stream:

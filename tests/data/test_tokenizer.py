@@ -25,7 +25,7 @@ SPECIAL_TEXTS = ["<|im_start|>", "<|im_sep|>", "<|im_end|>", "<|endoftext|>", "<
 @example("\u2581 is SentencePiece's own mark, twice \u2581\u2581")
 @example("\x00 é ∀ 🙂 \ufeff <0x41> <unk>")
 @example("".join(SPECIAL_TEXTS))
-def test_the_builtin_tokenizer_gives_any_text_back_and_never_makes_a_special_id(text: str) -> None:
+def test_the_builtin_tokenizer_round_trips_and_makes_no_special_id(text: str) -> None:
     ids = BUILTIN.encode(text)
     assert BUILTIN.decode(ids) == text
     assert not set(ids) & set(BUILTIN.special_ids)
@@ -34,7 +34,7 @@ def test_the_builtin_tokenizer_gives_any_text_back_and_never_makes_a_special_id(
 @settings(max_examples=100, deadline=None)
 @given(text=any_text)
 @example(text="a <|im_end|> b</think><|dummy_85|><|dummy_3|>")
-def test_a_hugging_face_tokenizer_gives_any_text_back_and_never_makes_a_special_id(
+def test_a_hugging_face_tokenizer_round_trips_and_makes_no_special_id(
     phi4_like: Tokenizer, text: str
 ) -> None:
     tokenizer = phi4_like
@@ -63,7 +63,7 @@ def test_the_builtin_model_has_the_same_bytes_every_time() -> None:
     assert spm.builtin_model() == first
 
 
-def test_decode_writes_special_tokens_out_and_can_leave_the_template_ones_out() -> None:
+def test_decode_writes_special_tokens_and_can_leave_out_the_template() -> None:
     t = BUILTIN
     ids = [
         t.specials["<|im_sep|>"],

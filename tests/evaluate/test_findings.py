@@ -66,7 +66,7 @@ def test_a_loss_of_accuracy_and_of_diversity_is_said():
     assert any("answers became less diverse" in note for note in notes)
 
 
-def test_truncation_and_ungraded_answers_are_mentioned_only_when_there_are_any():
+def test_truncation_and_ungraded_answers_are_mentioned_where_they_occur():
     _, clean = tell(results(draw(0.5, 9)), results(draw(0.9, 10)))
     assert not any("cut off" in note or "verifier" in note for note in clean)
     _, notes = tell(results(draw(0.5, 9)), results(draw(0.9, 10), finished=False, wrong_as="timeout"))

@@ -83,7 +83,7 @@ def test_the_full_report_has_every_part_and_its_numbers(full: tuple[Report, Page
         assert part in page.text
 
 
-def test_the_page_needs_nothing_but_itself_and_its_pictures_also_lie_beside_it(full: tuple[Report, Page]):
+def test_the_page_is_self_contained_and_its_pictures_are_files_too(full: tuple[Report, Page]):
     report, page = full
     html = report.path.read_text(encoding="utf-8")
     assert "<script" not in html

@@ -66,7 +66,7 @@ def enumerate_majority(correct: list[bool], answers: list[str | None], k: int) -
     return sum(worth) / len(worth)
 
 
-def test_majority_vote_equals_the_enumeration_of_all_subsets_with_ties_split():
+def test_majority_vote_equals_the_enumeration_of_all_subsets():
     generator = rng(1)
     for _ in range(60):
         num_runs = int(generator.integers(1, 9))
@@ -89,7 +89,7 @@ def test_wrong_answers_are_one_candidate_however_they_are_written():
     assert statistics.maj_at_k(correct, [["2", "2", "0.5", r"\frac12", "1/3"]], 5)[0] == 0.5
 
 
-def test_majority_of_one_vote_is_accuracy_and_runs_without_an_answer_do_not_vote():
+def test_majority_of_one_is_accuracy_and_missing_answers_do_not_vote():
     correct = rng(2).random((20, 9)) < 0.5
     answers = [[None if right else "w" for right in row] for row in correct]
     assert statistics.maj_at_k(correct, answers, 1).mean() == pytest.approx(statistics.avg_at_k(correct))
@@ -129,7 +129,7 @@ def test_intervals_cover_the_mean_of_new_problems_at_their_nominal_rate():
         assert 0.92 <= hits / num_trials <= 0.98
 
 
-def test_intervals_for_the_same_problems_cover_a_repeat_of_the_benchmark_and_are_narrower():
+def test_intervals_for_the_same_problems_cover_a_repeat_and_are_narrower():
     generator = rng(4)
     rates = generator.beta(0.6, 0.4, 30)
     num_trials, hits = 600, 0
@@ -156,7 +156,7 @@ def test_the_bootstrap_width_matches_the_standard_error_over_problem_means():
         assert interval.low < interval.mean < interval.high
 
 
-def test_an_interval_never_leaves_the_unit_range_and_perfect_scores_are_not_called_certain():
+def test_an_interval_stays_in_the_unit_range_and_is_never_certain():
     nearly = np.ones((12, 2))
     nearly[0, 0] = 0
     assert statistics.bootstrap_interval(nearly, rng=rng(), num_resamples=500).high <= 1.0
@@ -239,7 +239,7 @@ def test_permutation_p_values_are_uniform_when_nothing_changed():
     assert 0.02 < np.mean(np.array(counted) <= 0.05) < 0.07
 
 
-def test_the_paired_interval_covers_the_true_gain_and_is_narrower_than_unpaired_ones():
+def test_the_paired_interval_covers_the_gain_and_is_narrower():
     generator = rng(15)
     hits, num_trials = 0, 500
     for _ in range(num_trials):
@@ -258,7 +258,7 @@ def test_a_comparison_of_different_problems_is_refused():
         statistics.paired_comparison(np.ones((3, 2)), np.ones((2, 2)), rng=rng())
 
 
-def test_a_gain_that_is_the_same_on_every_problem_is_infinitely_significant_by_t_only():
+def test_an_equal_gain_on_every_problem_is_infinitely_significant_by_t():
     compared = statistics.paired_comparison(np.zeros((8, 2)), np.ones((8, 2)), rng=rng())
     assert compared.t == math.inf
     assert compared.t_p_value == 0.0

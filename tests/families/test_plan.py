@@ -47,7 +47,7 @@ def test_phi4_mini_can_be_cut_into_eight(tp: int) -> None:
 
 
 @pytest.mark.parametrize("preset", ["phi4_mini", "qwen3_4b", "qwen3_8b", "phi4"])
-def test_a_plan_counts_every_weight_once_and_a_tied_table_twice_over_stages(preset: str) -> None:
+def test_a_plan_counts_weights_once_and_a_tied_table_twice_over_stages(preset: str) -> None:
     model = ModelConfig.from_preset(preset)
     one = sum(map(sum, rank_chunks(model, ParallelConfig(), 0)))
     assert one == model.num_parameters

@@ -197,7 +197,7 @@ def test_a_document_does_not_depend_on_its_row() -> None:
         assert torch.equal(found, alone[name]), name
 
 
-def test_the_deterministic_gradients_do_not_depend_on_the_order_of_the_tiles() -> None:
+def test_deterministic_gradients_do_not_depend_on_the_order_of_tiles() -> None:
     lengths = [400, 60]  # three key tiles or more: two would add up to the same in either order
     plan = plan_of(lengths)
     backwards = dataclasses.replace(

@@ -152,7 +152,7 @@ def test_only_the_gradients_that_are_needed_are_made() -> None:
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_without_gradients_the_values_are_the_same_and_nothing_requires_grad(backend: str) -> None:
+def test_without_gradients_values_are_the_same_and_nothing_requires_grad(backend: str) -> None:
     batch = make_batch(9, 4, 37, dtype=torch.float32).to(torch.float32)
     with_grad = call(batch, EVERYTHING, backend=backend)
     with torch.no_grad():
@@ -424,7 +424,7 @@ def gemm_flops(spec: LossSpec, chunk: int, lengths: list[int], leaves: str, weig
     return counter.get_total_flops() / (2 * weighted * dim * vocab)
 
 
-def test_gemms_are_three_for_a_step_one_without_gradients_and_four_for_sequences_that_span_chunks() -> None:
+def test_gemms_are_3_for_a_step_1_without_gradients_4_for_sequences() -> None:
     both = "hidden weight"
     assert gemm_flops(EVERYTHING, 7, [24], both, 24) == 3
     assert gemm_flops(EVERYTHING, 7, [24], both, 10) == 3, "tokens without weight cost nothing"

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.multiprocess
     how="loss and gradients of real ranks",
     layouts="vocabulary over 2, sequences over 2",
 )
-def test_ranks_that_share_vocabulary_or_sequences_compute_what_one_process_computes(tmp_path: Path) -> None:
+def test_ranks_that_share_vocabulary_or_sequences_equal_one_process(tmp_path: Path) -> None:
     found = run_ranks("tests.kernels.linear_loss_ranks:run", {}, 2, tmp_path, timeout_s=300, threads=1)
     assert len(found) == 2 * len(linear_loss_ranks.SPECS) - 1 + 2 * len(linear_loss_ranks.SPECS)
     # Kernels are held to their budget by the ranks; this is float64, sums of some hundred terms up to 30.

@@ -86,7 +86,7 @@ def test_ranks_get_their_place_and_rank_0_has_the_console(
     assert logs == ["hello from rank 1\n", "hello from rank 2\n"]
 
 
-def test_one_rank_runs_in_this_process_and_leaves_the_environment_as_it_was(tmp_path: Path) -> None:
+def test_one_rank_runs_in_this_process_and_leaves_the_environment(tmp_path: Path) -> None:
     before = dict(os.environ)
     assert run_ranks(f"{TARGETS}:report", {"folder": str(tmp_path)}, 1) == {"from": 0}
     assert {name for name in os.environ if name not in before} <= {"OMP_NUM_THREADS", "MKL_NUM_THREADS"}

@@ -80,7 +80,7 @@ def engine() -> Engine:
     "A document never sees another",
     how="loss and every gradient of packed rows against transformers' Phi3, document by document",
 )
-def test_packed_loss_and_every_gradient_equal_transformers_one_document_at_a_time(engine: Engine) -> None:
+def test_packed_loss_and_gradients_equal_transformers_per_document(engine: Engine) -> None:
     reference = transformers_model()
     loss = reference_loss(reference)
     loss.backward()

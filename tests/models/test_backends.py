@@ -96,7 +96,7 @@ def test_a_row_is_planned_once() -> None:
     assert context.plan() is context.plan()
 
 
-def test_auto_is_sdpa_without_a_gpu_and_triton_fits_the_tiny_model_in_the_interpreter() -> None:
+def test_auto_is_sdpa_without_a_gpu_and_triton_fits_the_tiny_model() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     assert select_backend("auto") == "sdpa"

@@ -136,7 +136,7 @@ GOLOMB = (0, 1, 4, 9, 15, 22, 32, 34)
     how="rows told by the number of targets that the ranks counted; kill -9",
     layouts="dp 2 -> dp 1",
 )
-def test_every_row_comes_once_an_epoch_over_a_kill_and_another_number_of_ranks(tmp_path: Path) -> None:
+def test_rows_come_once_an_epoch_over_a_kill_and_another_layout(tmp_path: Path) -> None:
     """Eight rows of one document each, of lengths whose sum over a step says which two rows it was."""
     content = [
         {"id": f"p{i}", "problem": f"{i}+1?", "answer": "3", "trace": "1" * (60 + mark)}

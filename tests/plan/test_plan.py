@@ -37,7 +37,7 @@ def test_recipes_fit_the_gpus_they_are_laid_out_for() -> None:
         assert 20 < verdict.needed_gib < verdict.usable_gib
 
 
-def test_a_run_that_does_not_fit_is_told_by_how_much_and_what_fills_the_gpu() -> None:
+def test_a_run_that_does_not_fit_is_told_by_how_much_and_why() -> None:
     config = recipe("sft", "phi4_sft", "train.recompute=none", "parallel.cp=1", "parallel.dp=8")
     verdict = check(config, gpus=32, gpu_memory_gib=79.1)
     assert not verdict.fits
@@ -69,7 +69,7 @@ def test_phi4_weights_and_adam_take_the_bytes_of_the_formula() -> None:
     assert max(shards) - min(shards) <= 12 * 128
 
 
-def test_a_full_sequence_of_phi4_keeps_six_and_a_quarter_gib_of_keys_and_values() -> None:
+def test_a_full_sequence_of_phi4_keeps_6_25_gib_of_keys_and_values() -> None:
     config = recipe("rl", "phi4_grpo", "sampling.num_slots=1", "parallel.tp=1", "parallel.sp=false",
                     "parallel.pp=1")  # fmt: skip
     assert isinstance(config, RLConfig)
@@ -83,7 +83,7 @@ def test_flops_per_token_are_those_of_the_reference() -> None:
     assert (model_flops_per_token(config, 1000) - fixed) / 1000 == pytest.approx(1.23e6, rel=1e-2)
 
 
-def test_the_best_layout_uses_every_gpu_fits_and_can_be_given_back_as_overrides() -> None:
+def test_the_best_layout_fits_every_gpu_and_is_given_as_overrides() -> None:
     loaded = load_stage("sft", "phi4_sft")
     found, cluster, _ = plan(loaded, Options(nodes=4))
     best = found.fitting[0]

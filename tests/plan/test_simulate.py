@@ -48,7 +48,7 @@ def sampled(spec: Servers, lengths: Sequence[int], prompt: int = 0) -> float:
     return fleet.finish(0)
 
 
-def test_equal_answers_that_fit_take_a_prefill_and_a_step_for_each_further_token() -> None:
+def test_equal_answers_take_a_prefill_and_a_step_for_each_further_token() -> None:
     assert sampled(servers(), [10] * 8) == pytest.approx(9)  # the prefill samples the first token
     cost = ServerCost(fixed_s=0.1, sequence_s=0.01, context_s=0.001, prefill_s=0.002, request_s=0.05)
     # 4 prompts of 20 tokens: 4 x (0.05 + 0.04); then 9 steps, the first with 4 x 21 tokens, each with 4 more
@@ -87,7 +87,7 @@ def test_the_formula_for_many_steps_is_the_sum_over_single_ones() -> None:
     assert fleet.finish(0) == pytest.approx(clock)
 
 
-def test_keys_and_values_that_are_full_send_the_newest_back_to_be_prefilled_again() -> None:
+def test_a_full_cache_sends_the_newest_back_to_be_prefilled_again() -> None:
     # room for 30 tokens: two of prompt 5 hold 2 x (5 + 10) after the 9th step; the newest, with 10 tokens,
     # waits until the other is whole after 19 steps, and then needs 9 more
     cost = ServerCost(fixed_s=1.0, prefill_s=0.1)
@@ -105,7 +105,7 @@ def test_new_weights_interrupt_answers_which_are_sent_and_prefilled_anew() -> No
     assert fleet.finish(0) == pytest.approx(10 + 3 + 2 + 10)
 
 
-def test_servers_on_the_same_hardware_slow_each_other_down_while_both_are_busy() -> None:
+def test_servers_on_the_same_hardware_slow_each_other_down() -> None:
     spec = Servers(count=2, costs=(ServerCost(fixed_s=1.0), ServerCost(fixed_s=2.0)), slots=1)
     # one has 4 tokens to go, the other 10: 4 steps of 2 s together, then 6 alone
     assert sampled(spec, [5, 11]) == pytest.approx(8 + 6)
@@ -126,7 +126,7 @@ def test_the_steps_of_each_mode_by_hand() -> None:
     assert [end - start for _, start, end in synchronous.spans[:3]] == pytest.approx([2, 10, 5])
 
 
-def test_a_trainer_that_is_slower_than_sampling_sets_the_pace_of_every_asynchronous_mode() -> None:
+def test_a_trainer_slower_than_sampling_sets_the_pace_of_every_mode() -> None:
     for mode in MODES[1:]:
         found = simulate(loop(mode, [4] * 4, servers(count=4), warmup=5, num_steps=12))
         assert found.step_s == pytest.approx([7] * 7)
@@ -159,7 +159,7 @@ def heavy_loop(mode: Mode, spec: Servers) -> Loop:
 COST = ServerCost(fixed_s=0.02, sequence_s=1e-3, context_s=1e-6, prefill_s=1e-4, request_s=1e-3)
 
 
-def test_on_a_heavy_tail_each_mode_is_faster_than_the_one_before_and_its_tokens_older() -> None:
+def test_on_a_heavy_tail_each_mode_is_faster_and_its_tokens_older() -> None:
     found = [simulate(heavy_loop(mode, servers(4, 16, COST))) for mode in MODES]
     steps, ages = [one.mean_step_s for one in found], [one.mean_age for one in found]
     assert steps == sorted(steps, reverse=True)

@@ -57,9 +57,7 @@ def test_the_reports_vectors(length: int, correct: float, incorrect: float) -> N
 @pytest.mark.proves(
     "Unfinished and malformed answers get the report's fixed rewards", how="its rules, at six lengths"
 )
-def test_overrides_ignore_length_and_correctness_and_the_think_block_comes_first(
-    length: int, correct: bool
-) -> None:
+def test_overrides_ignore_length_and_correctness_think_block_first(length: int, correct: bool) -> None:
     incomplete = reward(correct, length, finished=False)
     assert (incomplete.accuracy, incomplete.accuracy_source) == (-0.5, "incomplete")
     no_think = reward(correct, length, think=False)

@@ -30,7 +30,7 @@ def test_none_only_centres() -> None:
     assert result.advantages.tolist() == [[0.5, -0.5, 0.25, -0.25], [-2, -1, 0, 3]]
 
 
-def test_groups_do_not_touch_each_other_and_equal_rewards_give_exactly_zero() -> None:
+def test_groups_are_independent_and_equal_rewards_give_exactly_zero() -> None:
     rewards = np.array([[0.1] * 7, [0.3, 0.1, 0.1, 0.1, 0.1, 0.1, 0.2]])
     for norm in ("std", "none"):
         result = group_advantages(rewards, norm)
@@ -79,7 +79,7 @@ def test_batch_divides_by_the_standard_deviation_of_all_centred_rewards() -> Non
     assert not group_advantages([[1.0, 1.0]], norm="batch").advantages.any()
 
 
-def test_a_filter_keeps_the_shortest_or_the_best_per_token_and_the_first_of_equals() -> None:
+def test_a_filter_keeps_the_shortest_or_best_and_the_first_of_equals() -> None:
     rewards, lengths = [[1.0, 1.0, 0.0, 1.0]], [[40, 10, 5, 10]]
     assert kept_by_filter(rewards, lengths, 2, "length").tolist() == [[False, True, True, False]]
     assert kept_by_filter(rewards, lengths, 2, "efficiency").tolist() == [[False, True, False, True]]
@@ -90,7 +90,7 @@ def test_a_filter_keeps_the_shortest_or_the_best_per_token_and_the_first_of_equa
 
 
 @given(REWARDS, st.randoms(use_true_random=False))
-def test_filtered_advantages_are_those_of_the_kept_alone_and_zero_elsewhere(
+def test_filtered_advantages_are_of_the_kept_alone_and_zero_elsewhere(
     rewards: np.ndarray, random: Random
 ) -> None:
     if rewards.shape[1] < 2:

@@ -78,7 +78,7 @@ def test_a_disagreement_is_counted_logged_and_shown_and_changes_no_reward(
     assert "1 disagreements logged: 1 right by the reward's verdict only, 0 by the second" in out.getvalue()
 
 
-def test_a_step_keeps_a_bounded_number_drawn_by_the_seed_and_a_resumed_run_the_same(tmp_path: Path) -> None:
+def test_a_step_keeps_a_bounded_number_drawn_by_the_seed(tmp_path: Path) -> None:
     problem = Problem(id="p", problem="?", answer="9" * 5000)
     apart = Verdict("correct", "8" * 5000, "string", second="wrong", second_method="math_verify")
     graded = [(problem, sample(number, 0, "long " * 9999), apart) for number in range(MAX_ROWS + 40)]

@@ -178,7 +178,7 @@ def reference(
     return total / count
 
 
-def test_the_rows_of_all_updates_hold_every_document_once_under_its_number() -> None:
+def test_rows_of_all_updates_hold_every_document_once() -> None:
     made = documents("token")
     parts = [np.array([4, 0, 2]), np.array([1, 3, *range(5, len(made))])]
     updates = pack_updates(made, parts, ROW)

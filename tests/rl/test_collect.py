@@ -141,9 +141,7 @@ def test_one_draw_keeps_every_group(parts: Parts) -> None:
     assert found.used == found.trajectories
 
 
-def test_draws_that_are_sampled_continuously_are_used_in_their_order_whatever_a_step_takes(
-    parts: Parts, tmp_path: Path
-) -> None:
+def test_batches_sampled_continuously_are_used_in_their_order(parts: Parts, tmp_path: Path) -> None:
     problems, tokenizer, pool = parts
     prompts = [(number,) for number in range(NUM_PROBLEMS)]
     hard = [drawn(0)[1], *drawn(1), *drawn(4), *drawn(5)]

@@ -150,7 +150,7 @@ def test_every_token_has_the_logprob_of_the_weights_of_its_version(
 
 
 @pytest.mark.parametrize(("back_to", "num_slots"), [(3, 14), (5, 5), (5, 500)])
-def test_a_run_that_goes_back_to_a_kept_checkpoint_finds_the_answers_begun_then(
+def test_a_run_restored_to_a_checkpoint_finds_its_partial_rollouts(
     engine: Engine, tmp_path: Path, back_to: int, num_slots: int
 ) -> None:
     for step in (3, 5):
@@ -165,9 +165,7 @@ def test_a_run_that_goes_back_to_a_kept_checkpoint_finds_the_answers_begun_then(
     }
 
 
-def test_files_of_a_future_that_will_not_be_are_deleted_and_an_older_one_serves(
-    engine: Engine, tmp_path: Path
-) -> None:
+def test_files_newer_than_the_restored_checkpoint_are_deleted(engine: Engine, tmp_path: Path) -> None:
     taken(engine, continuous(engine, tmp_path, 14), range(4))  # leaves those after 3 and 4 steps
     assert not continuous(engine, tmp_path, 14, 2).begun
     assert not list((tmp_path / "queue").iterdir())
@@ -202,7 +200,7 @@ def test_nothing_is_sampled_for_steps_beyond_the_last(engine: Engine, tmp_path: 
 # --- completions and settings
 
 
-def test_a_beginning_and_what_follows_it_share_a_span_where_the_weights_are_the_same() -> None:
+def test_a_resumed_rollout_shares_a_span_where_weights_are_equal() -> None:
     begun = Completion([5, 6], [-1.0, -2.0], False, [(3, 1), (4, 1)])
     more = Completion([7], [-3.0], True, [(4, 1)])
     assert begun.followed_by(more) == Completion([5, 6, 7], [-1.0, -2.0, -3.0], True, [(3, 1), (4, 2)])

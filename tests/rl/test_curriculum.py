@@ -81,7 +81,7 @@ def test_an_epoch_holds_what_teaches_once_and_the_rest_by_turns() -> None:
     assert epochs[0] != epoch_items(NUM, counts, (0.1, 0.9), 3, SEED + 1, 0)
 
 
-def test_what_teaches_stands_before_the_rest_with_the_odds_that_are_promised() -> None:
+def test_what_teaches_stands_before_the_rest_with_the_promised_odds() -> None:
     counts = with_results({}, [(0, 4, 8), (1, 0, 8)])
     epochs = (epoch_items(2, counts, (0.1, 0.9), 4, SEED, epoch) for epoch in range(8000))
     both = [order for order in epochs if len(order) == 2]
@@ -130,7 +130,7 @@ def test_a_resumed_run_draws_the_same_prompts(stop: int) -> None:
         open_order(BY_RATE, SEED, PROBLEMS[1:], stop, state)
 
 
-def test_draws_that_are_open_ahead_change_nothing_but_when_results_are_used() -> None:
+def test_batches_in_flight_change_only_when_results_are_used() -> None:
     """With a lag of 2, whether 0, 1 or 2 draws are open when the next begins, the prompts are the same."""
     rollout = RolloutConfig(
         curriculum="pass_rate",

@@ -108,7 +108,7 @@ def test_the_last_prompts_do_not_wait_for_the_others_to_end(
     assert steps == [24] * 19
 
 
-def test_samples_do_not_depend_on_the_order_of_requests_or_on_their_neighbours(engine: Engine) -> None:
+def test_samples_do_not_depend_on_order_or_neighbours(engine: Engine) -> None:
     reference = tokens_of(sample(engine, requests(), 4))
     assert tokens_of(sample(engine, requests()[::-1], 4)) == reference[::-1]
     assert tokens_of(sample(engine, requests()[9:12], 4)) == reference[9:12]

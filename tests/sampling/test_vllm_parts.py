@@ -120,7 +120,7 @@ def test_every_request_is_answered_once_whoever_gives_it_back() -> None:
         board.answer(0, Completion([0], [0.0], True))
 
 
-def test_a_persistent_board_gives_the_oldest_request_first_and_goes_on_from_what_came_back() -> None:
+def test_a_persistent_queue_gives_the_oldest_first_and_resumes_partials() -> None:
     async def run() -> None:
         told: list[tuple[int, list[int]]] = []
         made = [SampleRequest((5,), (i,)) for i in range(5)]
@@ -182,7 +182,7 @@ def test_servers_are_busy_while_they_serve_and_an_open_draw_is_not_whole() -> No
 
 
 @pytest.mark.parametrize("num_closed", [1, 2, 3])
-def test_a_call_outlives_closed_connections_but_not_a_server_that_always_closes(num_closed: int) -> None:
+def test_a_call_outlives_closed_connections_but_not_a_closing_server(num_closed: int) -> None:
     answer = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
     connections = 0
 

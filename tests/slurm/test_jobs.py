@@ -79,9 +79,7 @@ def test_a_requeue_in_mid_step_resumes_bit_for_bit(site: Site, uninterrupted: Pa
     assert rows(run) == rows(uninterrupted)
 
 
-def test_a_preempted_job_saves_goes_back_to_the_queue_and_resumes_bit_for_bit(
-    site: Site, uninterrupted: Path
-) -> None:
+def test_a_preempted_job_saves_requeues_and_resumes_bit_for_bit(site: Site, uninterrupted: Path) -> None:
     run, cluster = site.folder / "run", site.cluster
     job = site.launch("sft", *TWO, "--nodes", 2, "--run-dir", run)
     wait_for_step(site, run, 13)

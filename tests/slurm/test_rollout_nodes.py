@@ -126,7 +126,7 @@ def test_trainer_and_vllm_nodes_in_one_job_save_requeue_and_go_on(site: Site) ->
     assert not [path for path, text in contents.items() if key.encode() in text or new_key.encode() in text]
 
 
-def test_a_killed_rank_starts_again_with_new_servers_on_two_nodes_and_scancel_ends_them(site: Site) -> None:
+def test_a_killed_rank_restarts_with_new_servers_and_scancel_ends_them(site: Site) -> None:
     run, cluster = site.folder / "run", site.cluster
     steps = ("--train.num_steps", 4000, "--checkpoint.every", 1)
     job = site.launch("rl", *RL, *steps, "--vllm.transfer", "gloo", "--rollout-nodes", 2, "--run-dir", run)

@@ -67,7 +67,7 @@ def test_a_problem_depends_on_seed_and_index_only(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", GENERATED)
-def test_gold_answers_and_traces_pass_the_checker_and_stay_inside_the_alphabet(name: str) -> None:
+def test_gold_answers_and_traces_pass_the_checker_within_the_alphabet(name: str) -> None:
     task = get_task(name)
     for index in range(200):
         problem = task.generate(3, index)
@@ -79,7 +79,7 @@ def test_gold_answers_and_traces_pass_the_checker_and_stay_inside_the_alphabet(n
 
 
 @pytest.mark.parametrize("name", GENERATED)
-def test_skip_share_empties_that_share_of_think_blocks_and_never_the_answer(name: str) -> None:
+def test_skip_share_empties_think_blocks_and_never_the_answer(name: str) -> None:
     task = get_task(name)
     number = 2000
     for share in (0.0, 0.5, 1.0):
@@ -281,7 +281,7 @@ def test_math_is_never_generated_and_trains_on_the_given_trace() -> None:
     assert not task.check(given_trace, r"\boxed{1008}")
 
 
-def test_responses_of_all_tasks_are_graded_in_order_and_generated_ones_need_no_process() -> None:
+def test_responses_of_all_tasks_are_graded_in_order() -> None:
     chain = problem_of("modchain", "3*7+5-9%10?", "7")
     algebra = problem_of("math", "Expand (x+1)^2", "x^2+2x+1")
     with VerifierPool(1, timeout_s=20) as pool:

@@ -241,7 +241,7 @@ def test_a_run_folder_that_was_lost_is_not_made_anew(tmp_path: Path) -> None:
     assert not run_dir.exists()
 
 
-def test_a_checkpoint_holds_what_is_needed_to_go_on_without_the_original_files(
+def test_a_checkpoint_needs_none_of_the_original_files(
     saved: tuple[Path, list[float]],
 ) -> None:
     folder = find_latest(saved[0])

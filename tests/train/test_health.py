@@ -105,7 +105,7 @@ def test_a_rank_that_is_stopped_does_not_answer_and_is_named(
 @pytest.mark.parametrize(
     ("how", "cause"), [("kill", "killed by SIGKILL"), ("raise", "ValueError: the cause")]
 )
-def test_the_death_of_a_rank_in_training_is_the_error_and_not_what_the_others_see(
+def test_the_death_of_a_rank_is_the_error_and_not_what_others_see(
     how: str, cause: str, tmp_path: Path
 ) -> None:
     message = job(how, tmp_path)
@@ -117,7 +117,7 @@ def said(collective: str, place: str) -> dict[str, str]:
     return {"collective": collective, "place": place, "node": "n"}
 
 
-def test_the_cause_of_a_hang_is_the_rank_that_is_missing_or_busy_or_out_of_step() -> None:
+def test_the_cause_of_a_hang_is_a_rank_missing_busy_or_out_of_step() -> None:
     waits, busy = said("all_reduce", "a.py:1 in f"), said("", "b.py:2 in g")
     assert verdict({0: waits, 2: waits}, 3) == (0, "rank 1 does not answer (stopped, or its machine is gone)")
     assert verdict({0: waits, 1: busy, 2: waits}, 3) == (

@@ -99,10 +99,10 @@ def killed_runs(tmp_path: Path, kills: int) -> None:
 @pytest.mark.proves(
     "Runs killed while saving resume from a whole checkpoint", how="kill -9 at random moments"
 )
-def test_runs_killed_with_9_while_saving_always_resume_from_a_whole_checkpoint(tmp_path: Path) -> None:
+def test_runs_killed_while_saving_resume_from_a_whole_checkpoint(tmp_path: Path) -> None:
     killed_runs(tmp_path, 5)
 
 
 @pytest.mark.slow
-def test_25_runs_killed_with_9_while_saving_always_resume_from_a_whole_checkpoint(tmp_path: Path) -> None:
+def test_25_runs_killed_while_saving_resume_from_a_whole_checkpoint(tmp_path: Path) -> None:
     killed_runs(tmp_path, 25)

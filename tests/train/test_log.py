@@ -77,7 +77,7 @@ def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert os.listdir(tmp_path) == []
 
 
-def test_tensorboard_gets_the_same_numbers_and_forgets_steps_beyond_the_checkpoint(tmp_path: Path) -> None:
+def test_tensorboard_forgets_steps_beyond_the_checkpoint(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -200,7 +200,7 @@ def test_a_state_with_an_unknown_name_is_refused() -> None:
         RunState.from_dict({"step": 7, "seed": 3, "shard": 1})
 
 
-def test_checkpoints_come_when_due_and_at_the_end_and_a_finished_run_has_nothing_to_do(
+def test_checkpoints_come_when_due_and_a_finished_run_does_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--run-dir", str(tmp_path), "--checkpoint.every", "2", "--checkpoint.keep_last", "0"]
@@ -241,7 +241,7 @@ def stop(run_dir: Path, number: signal.Signals, after_step: int) -> tuple[int, s
         process.kill()
 
 
-def test_a_signal_ends_the_run_at_a_step_with_a_checkpoint_and_the_same_command_goes_on(
+def test_a_signal_ends_the_run_with_a_checkpoint_and_it_resumes(
     tmp_path: Path,
 ) -> None:
     run_dir = tmp_path / "run"

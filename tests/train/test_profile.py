@@ -11,7 +11,7 @@ from phi4r.cli.main import main
 
 
 @pytest.mark.multiprocess
-def test_a_profile_has_a_trace_per_rank_and_a_summary_of_the_recorded_steps(tmp_path: Path) -> None:
+def test_a_profile_has_a_trace_per_rank_and_a_summary(tmp_path: Path) -> None:
     settings = [
         "--parallel.tp", "2", "--data.num_generated", "200", "--data.heldout", "8",
         "--model.hidden_size", "32", "--model.num_layers", "2", "--model.ffn_hidden_size", "64",

@@ -41,7 +41,7 @@ def names(run_dir: Path) -> list[str]:
 # --- in the background
 
 
-def test_a_checkpoint_written_beside_the_training_holds_the_step_at_which_it_was_begun(
+def test_a_background_checkpoint_holds_the_step_at_which_it_was_begun(
     tmp_path: Path,
 ) -> None:
     engine = ranks.make_engine(TP1)
@@ -73,7 +73,7 @@ class LateSaver(CheckpointSaver):
         super()._write(pending)
 
 
-def test_weights_that_change_before_they_are_written_are_saved_as_they_were(tmp_path: Path) -> None:
+def test_weights_changed_before_they_are_written_are_saved_as_they_were(tmp_path: Path) -> None:
     engine = ranks.make_engine(TP1)
     saver = LateSaver(
         tmp_path, engine.chunks, engine.optimizer, model_cfg=engine.model_config, background=True
@@ -108,7 +108,7 @@ def test_nothing_is_visible_before_all_of_it_is_written(tmp_path: Path) -> None:
     assert not saver.is_writing
 
 
-def test_weights_and_optimizer_lie_in_files_of_their_own_and_nothing_is_written_twice(tmp_path: Path) -> None:
+def test_weights_and_optimizer_have_their_own_files_written_once(tmp_path: Path) -> None:
     engine = ranks.make_engine(TP1)
     folder = ranks.save(engine, tmp_path)
     num_parameters = sum(p.numel() for p in engine.models[0].parameters())
@@ -302,7 +302,7 @@ def test_ranks_share_the_reading_and_miss_nothing(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", ["flip", "truncate"])
-def test_a_damaged_checkpoint_stops_the_resume_and_an_older_one_is_offered_and_taken(
+def test_a_damaged_checkpoint_stops_and_an_older_one_is_offered(
     harm: str, copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shard = checkpoints_folder(copy) / "step_000004" / "dist" / "__0_optimizer.distcp"

@@ -94,7 +94,7 @@ def test_a_killed_worker_is_replaced_and_the_next_answers_are_right(pool: Verifi
     assert not set(before) & set(pool.worker_pids())
 
 
-def test_a_worker_killed_at_its_question_makes_that_one_an_error_and_no_other(pool: VerifierPool) -> None:
+def test_a_killed_worker_makes_its_question_an_error_and_no_other(pool: VerifierPool) -> None:
     pool.warm()
 
     def kill_the_busy_one() -> None:

@@ -104,7 +104,7 @@ def test_log_probs_are_the_trainers_at_the_sampling_temperature(trainer: Engine,
     assert all(not set(c.tokens[:-1]) & set(STOP_IDS) for c in completions)
 
 
-def test_samples_are_distributed_as_the_embedded_engines_and_repeat_by_their_seeds(
+def test_samples_are_distributed_as_the_embedded_engine_s_and_repeat(
     trainer: Engine, servers: VLLMEngine
 ) -> None:
     made = [SampleRequest((11, 12), (2, number)) for number in range(400)]
