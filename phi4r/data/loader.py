@@ -18,8 +18,7 @@ from types import TracebackType
 import numpy as np
 
 from phi4r.core.seeds import Stream, epoch_order
-from phi4r.data.balance import my_share
-from phi4r.data.packing import PackedRow
+from phi4r.data.packing import PackedRow, my_share
 from phi4r.data.shards import ShardRow
 
 GET_S = 0.1
@@ -62,7 +61,7 @@ class Loader:
     """The rows of steps `first_step` .. `last_step` - 1, in order, as a context manager.
 
     `next` gives a step's whole list of rows, the same on all ranks; of the rows of a shard folder only this
-    rank's share (`phi4r.data.balance`) is read ahead, and another row is read if it is touched. `deadline_s`:
+    rank's share (`phi4r.data.packing`) is read ahead, and another row is read if it is touched. `deadline_s`:
     seconds after which a step's rows are given up (RuntimeError). An error of the fetching thread is raised
     where its step is asked for.
     """

@@ -136,7 +136,7 @@ class PackedContext(PackedSeqParams):
                 return self.position_ids.float()[:, None] * (1.0 / scaled)[None]
 
             angle = angles(rotary.short)
-            if rotary.switches:
+            if rotary.switch:
                 angle = angles(rotary.long).where(self._lengths()[:, None] > rotary.switch, angle)
             angle = torch.cat([angle, angle], dim=-1)
             self._rotary = (angle.cos() * rotary.scale, angle.sin() * rotary.scale)

@@ -25,6 +25,7 @@ from types import FrameType
 from typing import TextIO
 
 from phi4r.core.errors import UserError
+from phi4r.parallel.heartbeat import listen
 
 FOLDER = "PHI4R_ATTEMPT_DIR"
 BEAT_S = 1.0
@@ -100,7 +101,6 @@ class _Attempt:
 
 
 _active: _Attempt | None = None
-_last_beat = time.monotonic()
 
 
 def _node() -> str:
@@ -121,6 +121,7 @@ def attempt(timeout_s: int) -> Iterator[None]:
         return
     rank = int(os.environ.get("SLURM_PROCID", "0"))
     _active = mine = _Attempt(Path(folder), rank, timeout_s)
+    listen(mine.beat)
     try:
         yield
         if rank == 0:
@@ -129,6 +130,7 @@ def attempt(timeout_s: int) -> Iterator[None]:
         mine.report(error)
         raise
     finally:
+        listen(None)
         mine.close()
         _active = None
 
@@ -136,19 +138,6 @@ def attempt(timeout_s: int) -> Iterator[None]:
 def is_active() -> bool:
     """Whether a job script listens (and looks for hung ranks itself)."""
     return _active is not None
-
-
-def last_beat() -> float:
-    """When this process last said that it gets on, by time.monotonic."""
-    return _last_beat
-
-
-def beat() -> None:
-    """This rank gets on. Cheap: call it wherever work is done piece by piece."""
-    global _last_beat
-    _last_beat = time.monotonic()
-    if _active is not None:
-        _active.beat()
 
 
 def early_signal() -> int:

@@ -26,8 +26,7 @@ from phi4r.parallel.layout import broadcast_object
 from phi4r.rewards.function import GradedResponse, reward_of
 from phi4r.rewards.length_aware import RewardParts
 from phi4r.rl.advantages import Advantages, advantages_of
-from phi4r.rl.curriculum import open_order
-from phi4r.rl.queue import PromptQueue
+from phi4r.rl.queue import PromptQueue, open_order
 from phi4r.sampling.types import Completion, RolloutEngine, Sample, SampleRequest, Span, to_samples
 from phi4r.tasks import grade_responses
 from phi4r.verify.audit import audit_counts
@@ -208,7 +207,10 @@ def rollout_metrics(trajectories: Sequence[Trajectory], groups: Advantages) -> d
         "verifier_errors": outcomes.count("error"),
     }
     verdicts = [t.verdict for t in trajectories]
-    metrics |= audit_counts(verdicts) | judge_counts(verdicts)
+    if checked := [verdict for verdict in verdicts if verdict.second]:
+        metrics |= audit_counts(checked)
+    if asked := [verdict for verdict in verdicts if verdict.method.startswith("judge")]:
+        metrics |= judge_counts(asked)
     for name, chosen in (("response_length_correct", correct), ("response_length_wrong", ~correct)):
         if chosen.any():
             metrics[name] = float(lengths[chosen].mean())

@@ -22,14 +22,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from phi4r.configs.sections import RolloutConfig
 from phi4r.core.errors import UserError
-from phi4r.core.problem import Problem
-from phi4r.core.seeds import Stream, items_of_step
+from phi4r.core.seeds import Stream
 
 DECAY = 0.5
 PRIOR_SAMPLES = 8.0
@@ -65,37 +64,6 @@ def epoch_items(
     keys *= np.where(inside, 1.0, float(rest))
     order: list[int] = members[np.argsort(keys[members], kind="stable")].tolist()
     return order
-
-
-class PromptOrder(Protocol):
-    """Which problems a batch gets. The same calls give the same answers on every rank."""
-
-    def items(self, batch: int) -> list[int]:
-        """Problems of a batch; batches are opened in order, and may be asked for again until recorded."""
-
-    def record(self, batch: int, right: Sequence[int], samples: int) -> None:
-        """The results of a batch: right samples of each of its problems, of `samples` each."""
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint has to remember, plain JSON."""
-
-
-class EpochOrder:
-    """Every problem once an epoch; nothing to remember."""
-
-    def __init__(self, num_items: int, seed: int, per_batch: int) -> None:
-        self.num_items, self.seed, self.per_batch = num_items, seed, per_batch
-
-    def items(self, batch: int) -> list[int]:
-        """The permutations of the epochs, one after another, cut into batches."""
-        return items_of_step(self.num_items, self.seed, Stream.PROMPTS, batch, self.per_batch)
-
-    def record(self, batch: int, right: Sequence[int], samples: int) -> None:
-        """Changes nothing."""
-
-    def state(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
 
 
 class PassRateOrder:
@@ -179,19 +147,3 @@ class PassRateOrder:
         self.open = {batch: list(items) for batch, items in state["open"]}
         self.results = {batch: [(i, r, n) for i, r, n in rows] for batch, rows in state["results"]}
         self.counts = {item: (right, samples) for item, right, samples in state["counts"]}
-
-
-def open_order(
-    rollout: RolloutConfig,
-    seed: int,
-    problems: Sequence[Problem],
-    first_batch: int,
-    state: Mapping[str, Any] | None = None,
-) -> PromptOrder:
-    """The order of a run's prompts from batch `first_batch` on. `state`: what its checkpoint remembers, if it
-    has one."""
-    if rollout.curriculum == "none":
-        return EpochOrder(len(problems), seed, rollout.prompts_per_step)
-    rates = ((item, problem.meta.get("pass_rate")) for item, problem in enumerate(problems))
-    known = {item: float(rate) for item, rate in rates if isinstance(rate, int | float)}
-    return PassRateOrder(len(problems), seed, rollout, known, first_batch, state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from phi4r.configs.stages import RLConfig
 from phi4r.core.console import say
-from phi4r.objectives.objective import formula
+from phi4r.objectives.formula import formula
 
 
 def explain(cfg: RLConfig) -> str:

@@ -21,11 +21,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
+from phi4r.configs.sections import RolloutConfig
 from phi4r.configs.stages import RLConfig
 from phi4r.core.console import say
 from phi4r.core.io import JsonlWriter, read_jsonl
+from phi4r.core.problem import Problem
+from phi4r.core.seeds import Stream, items_of_step
 from phi4r.parallel.layout import broadcast_object
+from phi4r.rl.curriculum import PassRateOrder
 from phi4r.sampling.types import Completion, RolloutEngine, SampleRequest, SamplingOptions, Span
 from phi4r.train.folders import all_steps
 
@@ -160,3 +165,53 @@ class QueueFiles:
             may_come = number > newest and every > 0 and number % every == 0
             if number < step and number not in checkpoints and not may_come:
                 path.unlink()
+
+
+# --- which problems a batch gets
+
+
+class PromptOrder(Protocol):
+    """Which problems a batch gets. The same calls give the same answers on every rank."""
+
+    def items(self, batch: int) -> list[int]:
+        """Problems of a batch; batches are opened in order, and may be asked for again until recorded."""
+
+    def record(self, batch: int, right: Sequence[int], samples: int) -> None:
+        """The results of a batch: right samples of each of its problems, of `samples` each."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint has to remember, plain JSON."""
+
+
+class EpochOrder:
+    """Every problem once an epoch; nothing to remember."""
+
+    def __init__(self, num_items: int, seed: int, per_batch: int) -> None:
+        self.num_items, self.seed, self.per_batch = num_items, seed, per_batch
+
+    def items(self, batch: int) -> list[int]:
+        """The permutations of the epochs, one after another, cut into batches."""
+        return items_of_step(self.num_items, self.seed, Stream.PROMPTS, batch, self.per_batch)
+
+    def record(self, batch: int, right: Sequence[int], samples: int) -> None:
+        """Changes nothing."""
+
+    def state(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+
+def open_order(
+    rollout: RolloutConfig,
+    seed: int,
+    problems: Sequence[Problem],
+    first_batch: int,
+    state: Mapping[str, Any] | None = None,
+) -> PromptOrder:
+    """The order of a run's prompts from batch `first_batch` on. `state`: what its checkpoint remembers, if it
+    has one."""
+    if rollout.curriculum == "none":
+        return EpochOrder(len(problems), seed, rollout.prompts_per_step)
+    rates = ((item, problem.meta.get("pass_rate")) for item, problem in enumerate(problems))
+    known = {item: float(rate) for item, rate in rates if isinstance(rate, int | float)}
+    return PassRateOrder(len(problems), seed, rollout, known, first_batch, state)

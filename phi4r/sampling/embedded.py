@@ -31,7 +31,7 @@ from phi4r.core.errors import UserError
 from phi4r.models.head import HeadRequest
 from phi4r.models.kv_cache import BLOCK, KVCache
 from phi4r.models.packed import PackedContext
-from phi4r.parallel.attempt import beat
+from phi4r.parallel.heartbeat import beat
 from phi4r.sampling.types import Completion, OnAnswer, PromptBatch, SampleRequest, SamplingOptions, Span
 from phi4r.train.engine import Engine
 

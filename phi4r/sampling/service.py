@@ -20,7 +20,7 @@ from phi4r.core.console import Progress, say
 from phi4r.core.problem import Message, Problem
 from phi4r.data.render import conversation, render_prompt
 from phi4r.data.tokenizer import Tokenizer
-from phi4r.parallel.attempt import beat
+from phi4r.parallel.heartbeat import beat
 from phi4r.parallel.layout import Layout, broadcast_object, init_layout
 from phi4r.sampling.ledger import Ledger, digest, weights_digest
 from phi4r.sampling.types import Completion, Sampler, SampleRequest, SamplingOptions

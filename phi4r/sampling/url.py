@@ -20,7 +20,7 @@ from numpy.random import SeedSequence
 from phi4r.configs.sections import SamplingConfig
 from phi4r.core.console import say
 from phi4r.core.errors import UserError
-from phi4r.parallel.attempt import beat
+from phi4r.parallel.heartbeat import beat
 from phi4r.sampling.types import Completion, OnAnswer, SampleRequest, SamplingOptions
 
 KEY_VARIABLE = "PHI4R_API_KEY"

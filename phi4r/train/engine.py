@@ -29,13 +29,12 @@ from phi4r_kernels.linear_loss import FusedLoss, LinearLossResult, Objective, cr
 from torch import Tensor
 
 from phi4r.configs.sections import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
-from phi4r.data.balance import my_share
-from phi4r.data.packing import PackedRow
+from phi4r.data.packing import PackedRow, my_share
 from phi4r.models.gpt import DecoderModel, build_model
 from phi4r.models.head import HeadRequest, LossRequest
 from phi4r.models.packed import PackedContext
 from phi4r.parallel import zigzag
-from phi4r.parallel.attempt import beat
+from phi4r.parallel.heartbeat import beat
 from phi4r.parallel.layout import Layout
 from phi4r.train.optimizer import megatron_settings
 

@@ -1,12 +1,14 @@
-"""Where a run's metrics go: metrics.jsonl always, Weights & Biases and TensorBoard when asked for. Rank 0
-only."""
+"""Where a run's metrics go: metrics.jsonl always, Weights & Biases and TensorBoard when asked for (rank 0
+only); and what its losses say about the next one."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import statistics
 import uuid
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -142,3 +144,45 @@ def _start_wandb(run_dir: Path, config: LogConfig) -> Any:
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     return run
+
+
+# --- loss spikes
+
+HISTORY = 128
+"""Losses that a new one is compared with."""
+MIN_HISTORY = 16
+
+
+class SpikeWatch:
+    """Flags a loss far above the ones before it: more than `sigmas` robust standard deviations (1.4826 times
+    the median distance from the median) above their median. 0 sigmas: never."""
+
+    def __init__(self, sigmas: float) -> None:
+        self.sigmas = sigmas
+        self._losses: deque[float] = deque(maxlen=HISTORY)
+
+    @classmethod
+    def resumed(cls, sigmas: float, metrics: Path, last_step: int) -> SpikeWatch:
+        """With the losses that an earlier start of the run logged up to `last_step`, so that the same steps
+        are flagged."""
+        watch = cls(sigmas)
+        lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+        for line in lines[-HISTORY:] if last_step else ():
+            row = json.loads(line)
+            if row["step"] <= last_step and not row.get("loss_spike") and isinstance(row.get("loss"), float):
+                watch._losses.append(row["loss"])
+        return watch
+
+    def is_spike(self, loss: float) -> bool:
+        """Whether `loss` is one; ordinary losses are remembered, spikes and non-finite ones are not."""
+        if not math.isfinite(loss):
+            return False
+        losses = self._losses
+        if self.sigmas and len(losses) >= MIN_HISTORY:
+            middle = statistics.median(losses)
+            spread = 1.4826 * statistics.median(abs(value - middle) for value in losses)
+            # Losses that repeat to rounding have no spread: their own precision is the least that counts.
+            if loss > middle + self.sigmas * max(spread, 1e-3 * abs(middle)):
+                return True
+        losses.append(loss)
+        return False

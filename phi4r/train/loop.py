@@ -10,18 +10,21 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from phi4r.configs.stages import RLConfig, SFTConfig
 from phi4r.core.console import Progress, say
 from phi4r.core.errors import UserError
 from phi4r.data.packing import PackedRow
 from phi4r.data.tokenizer import Tokenizer
-from phi4r.parallel.attempt import beat
+from phi4r.parallel.heartbeat import beat
 from phi4r.parallel.layout import broadcast_object
 from phi4r.train import folders, health
 from phi4r.train.checkpoint import DamagedError, load_checkpoint
 from phi4r.train.engine import Engine, StepResult
 from phi4r.train.footprint import record_memory
-from phi4r.train.log import MetricsLogger
+from phi4r.train.log import MetricsLogger, SpikeWatch
 from phi4r.train.retention import Retention
 from phi4r.train.save import CheckpointError, CheckpointSaver, Saved, save_checkpoint
 from phi4r.train.session import fill_weights
@@ -117,7 +120,7 @@ class TrainingLoop:
         self.nonfinite = 0
         self._logger, self._progress, self._stop = logger, progress, stop
         self._saver = self._make_saver()
-        self._spikes = health.SpikeWatch.resumed(
+        self._spikes = SpikeWatch.resumed(
             config.train.spike_sigmas, run_dir / "metrics.jsonl", self.start_step
         )
         self._saved_step = self.start_step
@@ -171,7 +174,7 @@ class TrainingLoop:
     def _keep_for_replay(self, step: int, rows: Sequence[PackedRow], temperature: float) -> str:
         """Write RUN/replay; returns what to tell the user."""
         folder = folders.replay_folder(self.run_dir)
-        if self._saver.is_writing:
+        if self._saver.pending:
             self._attempt(self._saver.wait)
         try:
             # The weights are those before the step: a step that is not finite leaves them alone.
@@ -207,7 +210,7 @@ class TrainingLoop:
         self._logger.log(step + 1, {**metrics, **columns})
         self._metrics = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
         self._progress.update(step + 1, {**shown, "tok/s": round(columns["tokens_per_second"])})
-        if self._saver.is_writing:
+        if self._saver.pending:
             self._attempt(self._saver.poll)
         every = self.config.train.check_replicas_every
         if every and (step + 1) % every == 0:
@@ -215,7 +218,7 @@ class TrainingLoop:
         due = self.config.checkpoint.every
         if due and (step + 1) % due == 0:
             self.save(step + 1)
-        number = self._stop.agreed(self.engine.layout.device)
+        number = self._agreed_signal()
         if number:
             self.save(step + 1, last=True)
             say(
@@ -224,9 +227,18 @@ class TrainingLoop:
             )
             end_by(number)
 
+    def _agreed_signal(self) -> int:
+        """The signal to stop that any rank received (0: none), the same on all ranks. Collective."""
+        number = self._stop.signal_number
+        if self.engine.layout.world_size == 1:
+            return number
+        flag = torch.tensor(number, device=self.engine.layout.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return int(flag)
+
     def save(self, step: int, *, last: bool = False) -> None:
         """Write the checkpoint of `step` done steps, once; `last`: be done with it on return, or raise."""
-        if self._saver.is_writing:  # the one before
+        if self._saver.pending:  # the one before
             self._attempt(self._saver.wait, last=last and self._saved_step == step)
         if self._saved_step == step:
             return
@@ -257,7 +269,7 @@ class TrainingLoop:
         num_steps = self.config.train.num_steps
         if self.config.checkpoint.save_final:
             self.save(max(num_steps, self.start_step), last=True)
-        elif self._saver.is_writing:
+        elif self._saver.pending:
             self._attempt(self._saver.wait, last=True)
         self._saver.close()
 

@@ -229,9 +229,8 @@ class CheckpointSaver:
         self.retention, self.background, self.timeout_s = retention or Retention(), background, timeout_s
         if dist.get_rank() == 0:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-        self.is_writing = False
-        """Whether a checkpoint was begun and is not visible yet. The same on all ranks."""
-        self._pending: _Pending | None = None
+        self.pending: _Pending | None = None
+        """The checkpoint that was begun and is not visible yet, the same on all ranks."""
         self._plan: SavePlan | None = None
         self._index: Metadata | None = None
         self._share_out: Any = None
@@ -244,7 +243,7 @@ class CheckpointSaver:
         state: small, JSON-able and the same on all ranks; rank 0's is kept. metrics: what retention may look
         at. Raises CheckpointError where the folder cannot be made.
         """
-        assert self._pending is None, "one checkpoint at a time: call wait first"
+        assert self.pending is None, "one checkpoint at a time: call wait first"
         began = time.perf_counter()
         finish_param_gather(self.chunks)
         temporary = on_main_rank(lambda: folders.begin(self.run_dir, step), CheckpointError)
@@ -252,8 +251,7 @@ class CheckpointSaver:
         manifest = Manifest(step, self.model_cfg, self.layout, kind, state, metrics=dict(metrics or {}))
         with quiet():
             chunks, common = self._snapshot()
-        self._pending = pending = _Pending(step, manifest, temporary, began, chunks, common)
-        self.is_writing = True
+        self.pending = pending = _Pending(step, manifest, temporary, began, chunks, common)
         if self.background:
             threading.Thread(target=self._write, args=(pending,), name="checkpoint", daemon=True).start()
         else:
@@ -263,16 +261,16 @@ class CheckpointSaver:
     def poll(self) -> Saved | None:
         """The checkpoint that was begun, once all ranks have written their parts; None before that, or
         without one. Raises CheckpointError if a rank could not write."""
-        if self._pending is None:
+        if self.pending is None:
             return None
-        done = torch.tensor(int(self._pending.done.is_set()), device=_device())
+        done = torch.tensor(int(self.pending.done.is_set()), device=_device())
         if dist.get_world_size() > 1:
             dist.all_reduce(done, op=dist.ReduceOp.MIN)
         return self._finish() if int(done) else None
 
     def wait(self) -> Saved | None:
         """Like `poll`, but waits for the threads of all ranks."""
-        return self._finish() if self._pending is not None else None
+        return self._finish() if self.pending is not None else None
 
     def close(self) -> None:
         """Wait for the deletion of retired checkpoints."""
@@ -378,7 +376,7 @@ class CheckpointSaver:
     # --- in the training thread again
 
     def _finish(self) -> Saved:
-        pending, self._pending, self.is_writing = self._pending, None, False
+        pending, self.pending = self.pending, None
         assert pending is not None
         began = time.perf_counter()
         written, problem = pending.written, ""

@@ -8,9 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-import torch
-import torch.distributed as dist
-
 from phi4r.parallel.attempt import early_signal, mark_stopped
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
@@ -26,14 +23,6 @@ class StopFlag:
         if self.signal_number and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal_number = number
-
-    def agreed(self, device: torch.device) -> int:
-        """The signal that any rank received (0: none), the same on all ranks. Collective: call once a
-        step."""
-        flag = torch.tensor(self.signal_number, device=device)
-        if dist.get_world_size() > 1:
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return int(flag)
 
 
 @contextmanager

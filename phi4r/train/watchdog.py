@@ -1,6 +1,6 @@
 """A thread of every rank that notices when the rank does not get on, and makes the job say why.
 
-Work announces itself with `phi4r.parallel.attempt.beat`: every microbatch, every sampled token, every step.
+Work announces itself with `phi4r.parallel.heartbeat.beat`: every microbatch, every sampled token, every step.
 After `limit_s` seconds without a beat each rank writes the stacks of all its threads to RUN/stacks/, says
 whether its main thread waits for other ranks, and reads what the others say. The rank that does not wait, or
 does not answer, is the cause: its name is the job's error, and not the time-outs that the others would run
@@ -25,7 +25,7 @@ from types import FrameType
 from typing import Any
 
 from phi4r.core.io import atomic_write_json
-from phi4r.parallel import attempt
+from phi4r.parallel import attempt, heartbeat
 from phi4r.parallel.failure import fail
 
 LIMIT_SHARE = 0.8
@@ -82,7 +82,7 @@ class Watchdog:
 
     def start(self) -> None:
         """Begin to watch: now counts as a beat."""
-        attempt.beat()
+        heartbeat.beat()
         self._thread.start()
 
     def stop(self) -> None:
@@ -98,7 +98,7 @@ class Watchdog:
             if now - tick > 10 * period:  # this process was stopped as a whole (Ctrl-Z): start counting anew
                 awake = now
             tick = now
-            silent_s = now - max(attempt.last_beat(), awake)
+            silent_s = now - max(heartbeat.last_beat(), awake)
             if silent_s > self.limit_s:
                 self._fire(silent_s)
 

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi4r.data.balance import attention_cost, my_share, share_out
-from phi4r.data.packing import Document, PackedRow, pack
+from phi4r.data.packing import Document, PackedRow, attention_cost, my_share, pack, share_out
 
 
 def rows_of(lengths: list[int], row_tokens: int) -> list[PackedRow]:

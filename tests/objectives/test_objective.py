@@ -16,7 +16,8 @@ import torch
 from phi4r_kernels.linear_loss import Tokens
 
 from phi4r.configs.sections import ObjectiveConfig
-from phi4r.objectives.objective import PolicyObjective, formula
+from phi4r.objectives.formula import formula
+from phi4r.objectives.objective import PolicyObjective
 from phi4r.objectives.terms import kl_estimate, normalization_weights
 
 LENGTHS = [3, 5, 1, 4]

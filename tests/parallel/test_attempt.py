@@ -12,7 +12,8 @@ import pytest
 
 from phi4r.core.errors import UserError
 from phi4r.parallel import attempt as module
-from phi4r.parallel.attempt import attempt, beat, mark_stopped
+from phi4r.parallel.attempt import attempt, mark_stopped
+from phi4r.parallel.heartbeat import beat
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ def test_a_lost_folder_ends_the_rank_with_its_name(folder: Path, monkeypatch: py
 
 def test_a_rank_that_hangs_leaves_its_stack(folder: Path) -> None:
     code = (
-        "import time\nfrom phi4r.parallel.attempt import attempt, beat\n"
+        "import time\nfrom phi4r.parallel.attempt import attempt\nfrom phi4r.parallel.heartbeat import beat\n"
         "def planted_hang():\n    time.sleep(600)\nwith attempt(1):\n    beat()\n    planted_hang()\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code])

@@ -13,15 +13,8 @@ from phi4r.configs.sections import RolloutConfig
 from phi4r.core.errors import ConfigError, UserError
 from phi4r.core.problem import Problem
 from phi4r.core.seeds import Stream, items_of_step
-from phi4r.rl.curriculum import (
-    EpochOrder,
-    PassRateOrder,
-    PromptOrder,
-    epoch_items,
-    open_order,
-    pass_rate,
-    with_results,
-)
+from phi4r.rl.curriculum import PassRateOrder, epoch_items, pass_rate, with_results
+from phi4r.rl.queue import EpochOrder, PromptOrder, open_order
 
 NUM, SEED, SAMPLES = 30, 7, 8
 BY_RATE = RolloutConfig(curriculum="pass_rate", prompts_per_step=4, group_size=SAMPLES, curriculum_rest=3)

@@ -15,7 +15,8 @@ from phi4r.configs.stages import SFTConfig
 from phi4r.parallel import launch
 from phi4r.parallel.launch import RankError, run_ranks
 from phi4r.train.folders import replay_folder
-from phi4r.train.health import HISTORY, SpikeWatch, fingerprints, load_batch, save_batch
+from phi4r.train.health import fingerprints, load_batch, save_batch
+from phi4r.train.log import HISTORY, SpikeWatch
 from phi4r.train.watchdog import verdict
 from tests.train import checkpoint_ranks as ranks
 

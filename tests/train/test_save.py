@@ -105,7 +105,7 @@ def test_nothing_is_visible_before_all_of_it_is_written(tmp_path: Path) -> None:
     assert names(tmp_path) == ["latest", "step_000001"]
     assert saved.num_bytes == sum(path.stat().st_size for path in saved.folder.rglob("*.distcp"))
     assert saver.poll() is None
-    assert not saver.is_writing
+    assert saver.pending is None
 
 
 def test_weights_and_optimizer_have_their_own_files_written_once(tmp_path: Path) -> None:

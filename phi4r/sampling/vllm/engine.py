@@ -28,7 +28,7 @@ from phi4r.core.errors import UserError
 from phi4r.core.seeds import Stream
 from phi4r.data.packing import Document, pack, unpack
 from phi4r.models.huggingface import HFWeights
-from phi4r.parallel.attempt import beat
+from phi4r.parallel.heartbeat import beat
 from phi4r.parallel.layout import broadcast_object
 from phi4r.sampling.types import Completion, PromptBatch, SampleRequest, SamplingOptions, Span
 from phi4r.sampling.vllm.fleet import VLLM_DTYPES, Fleet, Member, Weights, new_members, weights_folder

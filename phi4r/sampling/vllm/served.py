@@ -23,7 +23,7 @@ from phi4r.convert.hf import phi4r_to_hf
 from phi4r.convert.live import SERVED, served_model
 from phi4r.core.console import say
 from phi4r.models.huggingface import HFWeights
-from phi4r.parallel.attempt import beat
+from phi4r.parallel.heartbeat import beat
 from phi4r.sampling.ledger import weights_digest
 from phi4r.sampling.types import Completion, OnAnswer, SampleRequest, SamplingOptions
 from phi4r.sampling.vllm.fleet import VLLM_DTYPES, Fleet, Weights, new_members
