@@ -107,20 +107,25 @@ $(VENV)/bin/python:
 	@"$(PYTHON)" -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 13) else f"phi4r needs Python 3.11 or 3.12, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.11")'
 	"$(PYTHON)" -m venv $(VENV)
 
-# A stamp is newer than what it was made from, so a second `make install` does nothing. One per build of torch: the other
-# one's are removed.
-$(STAMP): pyproject.toml install.py $(wildcard constraints-*.txt) $(NATIVE) | $(VENV)/bin/python
+# A stamp is newer than what it was made from, so a second `make install` does nothing. One per build of torch: those of
+# the other are removed. With what tests need in one go, since each time builds the C++ module.
+COMPILER := command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
+	echo "   no C++ compiler found: slower Python code takes the place of the C++ module; phi4r doctor says so"
+SOURCES := pyproject.toml install.py $(wildcard constraints-*.txt) $(NATIVE)
+
+$(STAMP): $(SOURCES) | $(VENV)/bin/python
 	@echo "== installing phi4r into $(VENV)"
-	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
-		echo "   no C++ compiler found: slower Python code takes the place of the C++ module; phi4r doctor says so"
+	@$(COMPILER)
 	$(INSTALL)
 	@rm -f $(VENV)/.installed*
 	@touch $@
 
-$(STAMP)-test: $(STAMP)
-	@echo "== installing what tests and lint need"
+$(STAMP)-test: $(SOURCES) | $(VENV)/bin/python
+	@echo "== installing phi4r and what tests and lint need into $(VENV)"
+	@$(COMPILER)
 	$(INSTALL) --extras test
-	@touch $@
+	@rm -f $(VENV)/.installed*
+	@touch $(STAMP) $@
 
 # torchvision, torchaudio and torchcodec come along for other models and may not match this torch.
 $(VLLM_VENV)/.installed:

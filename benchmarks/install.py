@@ -91,7 +91,7 @@ def commands(environment: Environment) -> dict[str, list[list[str]]]:
         "install": install,
         "doctor": [[".venv/bin/phi4r", "doctor"]],
         "pipeline": [[*tests, "-m", "slow", "tests/test_pipeline.py"]],
-        "suite": [[*tests, "-m", DEFAULT_SUITE]],
+        "suite": [[*tests, "-n", "2", "--dist", "loadfile", "-m", DEFAULT_SUITE]],
     }
 
 
