@@ -255,6 +255,8 @@ def _several(text: str) -> Node | None:
         and (combined := _combine(members, r"\text{or}" in joined))
     ):
         return combined
+    if isinstance(members[0], Excluded) and all(isinstance(member, Scalar) for member in members[1:]):
+        return Excluded((*members[0].points, *members[1:]), members[0].name)  # x \ne 1, 3
     if (summed := total(members)) is not None:
         return summed
     pairs = [_assignment(part) for part in parts]

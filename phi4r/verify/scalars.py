@@ -9,13 +9,13 @@ from fractions import Fraction
 
 from phi4r.verify.nodes import Node, Opaque, Scalar
 from phi4r.verify.numbers import number, words_value
-from phi4r.verify.units import CURRENCIES, PERCENT, Unit, unit_of
+from phi4r.verify.units import PERCENT, Unit, is_currency, unit_of
 
 _TAIL = re.compile(
     r"(?:\\text\{[^{}]*\}\.?|[ /]|\\cdot(?![a-zA-Z])|%|\^ ?\{? ?-?\d ?\}?(?=[^\d]|$)"
     r"|\^\\circ ?[CF]?(?![a-zA-Z]))++$"
 )
-_MONEY = re.compile(r"([+-]?) ?\\text\{([A-Za-z]+)\} ?(.*)", re.DOTALL)
+_MONEY = re.compile(r"([+-]?) ?\\text\{([A-Za-z]+)\}\.? ?(.*)", re.DOTALL)
 _SEXAGESIMAL = re.compile(r"(\d+) ?\^\\circ ?(\d+(?:\.\d+)?) ?'(?: ?(\d+(?:\.\d+)?) ?(?:''|\"))?")
 _ORDINAL = re.compile(r"\^ ?\{? ?\\text\{(?:st|nd|rd|th)\} ?\}?")
 _UNIT_FRACTION = re.compile(
@@ -38,7 +38,7 @@ def scalar(text: str) -> Node:
     if found := _SEXAGESIMAL.fullmatch(core):
         degrees = Fraction(found[1]) + Fraction(found[2]) / 60 + Fraction(found[3] or 0) / 3600
         return Scalar(str(degrees), unit_of(r"\text{degree}"))
-    if (money := _MONEY.match(core)) and money[2].lower() in CURRENCIES and money[3]:
+    if (money := _MONEY.match(core)) and is_currency(money[2]) and money[3]:
         core, unit = (money[1] + money[3]).strip(), unit_of(rf"\text{{{money[2]}}}")
     if tail := _TAIL.search(core):
         end, start = tail[0], tail.start()

@@ -111,7 +111,7 @@ def _known() -> dict[str, tuple[str, Fraction]]:
 
 
 _UNITS = _known()
-CURRENCIES = frozenset(("usd", "eur", "gbp", "jpy", "inr", "rub", "cny"))
+_CURRENCIES = frozenset(("usd", "eur", "gbp", "jpy", "inr", "rub", "cny"))
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def unit_of(text: str) -> Unit | None:
     return Unit((), name=" ".join(names))
 
 
-def is_known_word(word: str) -> bool:
-    """Whether a word is a unit of the table by itself, and longer than a letter."""
-    low = word.lower()
-    return len(low) > 1 and (low in _UNITS or singular(low) in _UNITS or low in _COMPOUND)
+def is_currency(word: str) -> bool:
+    """Whether a word is money: `USD`, `Rs`, `dollars`."""
+    name = singular(word)
+    return name in _UNITS and _UNITS[name][0] in _CURRENCIES

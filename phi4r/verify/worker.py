@@ -38,7 +38,7 @@ RATIO_BOUND = 1e-20
 ZERO_BOUND = 1e-60
 
 _DEGREES = re.compile(r"(?<![\d.])(\d+(?:\.\d+)?) ?\^\\circ")
-_CIS = re.compile(r"\\cis ?\(([^()]*)\)")
+_CIS = re.compile(r"\\cis ?(\([^()]*\)|\\frac\{[^{}]*\}\{[^{}]*\}|\{[^{}]*\}|\\[a-z]+|\d+)")
 
 
 def _limit_resources(memory_gib: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phi4r.configs.sections import RewardConfig
@@ -27,6 +27,7 @@ PIECES = st.lists(
 ).map("".join)  # fmt: skip
 
 
+@settings(deadline=None)
 @given(st.one_of(TEXTS, PIECES))
 def test_every_text_equals_itself_and_none_raises(text: str) -> None:
     normal = normalise(text)
@@ -37,6 +38,7 @@ def test_every_text_equals_itself_and_none_raises(text: str) -> None:
         assert decided[0] == "correct"
 
 
+@settings(deadline=None)
 @given(PIECES, PIECES)
 def test_comparing_two_texts_never_raises(one: str, other: str) -> None:
     assert same_answer(one, other) in (True, False, None)
@@ -72,7 +74,7 @@ def test_one_of_several_gold_answers_is_enough() -> None:
 def test_the_answer_stands_where_the_style_says(style: str, response: str, outcome: str) -> None:
     problem = Problem(id="p", problem="?", answer="7")
     addition = Problem(id="a", problem="3+4?", answer="7", task="addition")
-    settings = RewardConfig(answer_style=style, audit_share=0.0)  # type: ignore[arg-type]
+    reward = RewardConfig(answer_style=style, audit_share=0.0)  # type: ignore[arg-type]
     with VerifierPool(1) as pool:
-        found = grade_responses([(problem, response), (addition, response)], pool, settings)
+        found = grade_responses([(problem, response), (addition, response)], pool, reward)
     assert [verdict.outcome for verdict in found] == [outcome] * 2
