@@ -8,6 +8,7 @@ name. Both spellings of RoPE are read: `rope_theta` and `rope_scaling` beside th
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 from phi4r.core.errors import ConfigError, UserError
@@ -81,7 +82,10 @@ def model_config(raw: dict[str, Any], where: str, dtype: Dtype | None = None) ->
     last candidate does not."""
     names = candidates(raw)
     if not names:
-        found = ", ".join(raw.get("architectures") or []) or repr(raw.get("model_type"))
+        listed = raw.get("architectures")
+        is_text = isinstance(listed, list) and all(isinstance(name, str) for name in listed)
+        found = ", ".join(listed or []) if is_text else _short(listed)
+        found = found or _short(raw.get("model_type"))
         known = dict.fromkeys(get_family(raw.get(FAMILY_KEY) or name).architecture for name in FAMILIES)
         raise UserError(f"{where}: is a {found}, expected {' or '.join(known)}")
     reasons: list[str] = []
@@ -141,7 +145,7 @@ def _size_reasons(raw: dict[str, Any]) -> list[str]:
         value = raw.get(key)
         is_real = key in ("rms_norm_eps", "initializer_range")
         kinds = (int, float) if is_real else (int,)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, kinds) or value <= 0):
+        if value is not None and not (type(value) in kinds and 0 < value < math.inf):
             what = "number" if is_real else "whole number"
             reasons.append(f"{key} {value!r} is not a {what} above 0")
     return reasons
@@ -158,9 +162,11 @@ def _window_reasons(raw: dict[str, Any]) -> list[str]:
     is_short = not isinstance(window, int) or not isinstance(positions, int) or window < positions
     if window is not None and raw.get("use_sliding_window", True) and is_short:
         reasons.append(f"sliding_window {window} is smaller than max_position_embeddings {positions}")
-    kinds = set(raw.get("layer_types") or []) - {"full_attention"}
-    if kinds:
-        reasons.append(f"layer_types {', '.join(sorted(map(str, kinds)))} is not supported")
+    layers = raw.get("layer_types") or []
+    if not isinstance(layers, list):
+        reasons.append(f"layer_types {_short(layers)} is not a list")
+    elif kinds := {str(kind) for kind in layers} - {"full_attention"}:
+        reasons.append(f"layer_types {', '.join(sorted(kinds))} is not supported")
     return reasons
 
 
@@ -187,7 +193,7 @@ def _rope(family: Family, raw: dict[str, Any]) -> tuple[dict[str, Any], list[str
     fraction, original = merged.pop("partial_rotary_factor", 1.0), merged.pop(ORIGINAL, None)
     fields: dict[str, Any] = {"rope_theta": theta, "rotary_fraction": fraction}
     for key, value in (("rope_theta", theta), ("partial_rotary_factor", fraction)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        if not (type(value) in (int, float) and 0 < value < math.inf):
             reasons.append(f"{key} {_short(value)} is not a number above 0")
     if fraction != 1 and "partial_rotary" not in family.options:
         reasons.append(f"partial_rotary_factor {_short(fraction)} is not supported (expected 1.0)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -183,3 +184,24 @@ def test_a_tied_head_in_the_files_must_be_the_embedding(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"tensor lm_head.weight differs from model.embed_tokens.weight"):
         hf_to_phi4r(folder, tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+WRONG = ("x", -1, 0, 0.5, True, [], {}, [1], [None], {"a": 1}, None, math.inf, {"rope_type": [1]})
+
+
+@pytest.mark.parametrize("preset", ["phi4", "phi4_mini", "qwen3_4b"])
+def test_a_value_of_any_kind_is_read_or_refused_in_one_line(preset: str) -> None:
+    raw = json.loads(json.dumps(hf_config(ModelConfig.from_preset(preset), {}, (), None)))
+    keys = [*raw, "layer_types", "quantization_config", "use_sliding_window", "dtype"]
+    cases = [raw | {key: value} for key in keys for value in WRONG]
+    for section in ("rope_parameters", "rope_scaling"):
+        rope = raw["rope_parameters"]
+        cases += [raw | {section: rope | {key: value}} for key in rope for value in WRONG]
+    messages = []
+    for case in cases:
+        try:
+            model_config(case, "FOLDER/config.json")
+        except UserError as error:
+            messages.append(str(error))
+    assert len(messages) > len(cases) / 4
+    assert all(text.startswith("FOLDER/config.json: ") and "\n" not in text for text in messages)
