@@ -16,6 +16,7 @@ depends on how tokens were cut into microbatches.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,7 @@ def _callable(found: Any) -> SurrogateFunction:
     return found
 
 
+@functools.cache
 def surrogate_of(settings: ObjectiveConfig) -> SurrogateFunction:
     """The function that `objective.surrogate` names. Raises ConfigError on one line."""
     return resolve("surrogate", settings.surrogate, SURROGATES, key="objective.surrogate", fit=_callable)
@@ -83,11 +85,10 @@ class PolicyObjective:
     @property
     def fused(self) -> FusedLoss | None:
         """The same in the fused kernel's terms, where it has them: GRPO's clipped surrogate of tokens."""
-        plain = ObjectiveConfig()
         beyond = ("surrogate", "ratio", "importance_mode", "importance_floor", "importance_level",
                   "off_policy_limit", "top_entropy", "entropy_mean", "kl_ratio")  # fmt: skip
         settings = self.settings
-        if any(getattr(settings, name) != getattr(plain, name) for name in beyond):
+        if any(getattr(settings, name) != getattr(ObjectiveConfig, name) for name in beyond):
             return None
         return FusedLoss(
             policy=True,
