@@ -141,7 +141,7 @@ class Collector:
         while True:
             completions, spans = self.queue.take(self.next_batch, step)
             oldest = min(completion.version for completion in completions)
-            assert step - oldest <= rollout.policy_lag, f"batch {self.next_batch} is of step {oldest}"
+            assert step - oldest <= self.queue.lag, f"batch {self.next_batch} is of step {oldest}"
             found, groups = self._graded(completions, len(reports) * per_batch)
             trajectories += found
             reports.append(groups)
