@@ -31,8 +31,8 @@ COMPILED = ("te", "flash-attn")
 """Extras whose packages compile CUDA code against the installed torch."""
 BUILD_NEEDS = ("setuptools", "wheel", "ninja", "packaging")
 """What those expect to be there when they are built without isolation."""
-SIZES_GB = {"cpu": (0.5, 1.4), "cuda": (2.6, 5.4)}
-"""Download and disk of phi4r with what its tests need, by build; measured by `make test-install`."""
+CUDA_GB = (3.0, 5.6)
+"""Download and disk of phi4r with the CUDA build and what tests need (benchmarks/results/install.csv)."""
 WHERE = ("-f", "--find-links", "-i", "--index-url", "--extra-index-url", "--no-index")
 """pip's options that say where it looks."""
 OFFLINE = (
@@ -146,13 +146,15 @@ def commands(build: str, extras: Sequence[str]) -> list[list[str]]:
 
 def check_room(build: str) -> None:
     """RefusedError where the disk of this environment is too small for what would be installed."""
-    if installed_build():
+    if build == "cpu" or installed_build():
         return
     free = shutil.disk_usage(sys.prefix).free / 1e9
-    need = SIZES_GB[build][1]
+    need = CUDA_GB[1]
     if free < need:
-        other = "" if build == "cpu" else f"; the CPU build takes {SIZES_GB['cpu'][1]} GB: make install CPU=1"
-        raise RefusedError(f"{sys.prefix}: {free:.1f} GB are free, about {need} GB are needed{other}")
+        raise RefusedError(
+            f"{sys.prefix}: {free:.1f} GB are free, about {need} GB are needed; a CPU build takes less: "
+            "make install CPU=1"
+        )
 
 
 def advice(log: str, build: str) -> str:
@@ -172,9 +174,7 @@ def advice(log: str, build: str) -> str:
             "the index lacks a package, or has no wheel for this Python or system: pip's lines above name it"
         )
     if "No space left" in log:
-        return (
-            f"the disk is full: about {SIZES_GB[build][1]} GB are needed (TMPDIR and pip's cache count, too)"
-        )
+        return f"the disk is full: the CUDA build needs about {CUDA_GB[1]} GB (TMPDIR and pip's cache count)"
     if "nvcc" in log or "CUDA_HOME" in log:
         return "this extra compiles CUDA code: nvcc (the CUDA toolkit) must be on PATH"
     return "pip's lines above say why"
@@ -209,9 +209,9 @@ def plan(given: argparse.Namespace, options: Sequence[str]) -> tuple[str, str, l
             raise no_cpu_build(given.only)
         return build, "", [["install", given.only]]
     build, why = (given.build, "") if given.print and given.build else choose(given.build, options)
-    download, disk = SIZES_GB[build]
     other = {"cpu": "CUDA", "cuda": "CPU"}[build]
-    size = "" if installed_build() else f", about {download} GB to download, {disk} GB on disk"
+    size = f", about {CUDA_GB[0]} GB to download, {CUDA_GB[1]} GB on disk" if build == "cuda" else ""
+    size = "" if installed_build() else size
     switch = f"; {other}=1 takes the {other} build" if sys.platform == "linux" else ""
     line = f"   torch {torch_version()}: the {build.upper()} build ({why}){size}{switch}"
     if any(extra in COMPILED for extra in extras) and not (
