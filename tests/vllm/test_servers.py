@@ -138,9 +138,11 @@ def test_requests_that_one_server_could_take_are_shared_out(servers: VLLMEngine)
         return [sum(map(float, found)) for found in counts]
 
     before = answered()
-    servers.generate(requests(servers.sampling.max_in_flight, stream=12), SamplingOptions(100, TEMPERATURE))
+    servers.generate(
+        requests(servers.fleet.sampling.max_in_flight, stream=12), SamplingOptions(100, TEMPERATURE)
+    )
     shares = [after - first for after, first in zip(answered(), before, strict=True)]
-    assert sum(shares) == servers.sampling.max_in_flight
+    assert sum(shares) == servers.fleet.sampling.max_in_flight
     assert min(shares) >= 2
 
 
@@ -210,13 +212,13 @@ def test_a_killed_server_loses_and_repeats_nothing_and_comes_back(
     killer.join()
 
     assert in_flight
-    assert max(in_flight) <= servers.sampling.max_in_flight
+    assert max(in_flight) <= servers.fleet.sampling.max_in_flight
     # Seeds are counters: whichever server answered, and whether asked once or twice, the answer is the same.
     assert [c.tokens for c in completions] == [c.tokens for c in undisturbed]
     assert gaps(trainer, made, completions).max() < 1e-4
     events = servers.fleet.events
     assert events.failures == 1
-    assert 0 < events.requeued <= servers.sampling.max_in_flight
+    assert 0 < events.requeued <= servers.fleet.sampling.max_in_flight
     # The engine's processes went with the server that was killed.
     assert ended(others, 30)
 
