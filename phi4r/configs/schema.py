@@ -100,9 +100,7 @@ def reference(stage: type) -> list[tuple[str, str, list[Entry]]]:
     """Everything that can be set for a stage: (section, what it is, its entries), the stage's own values
     first."""
     chapters = [("", _summary(stage), stage)]
-    chapters += [
-        (name, (cls.__doc__ or "").strip().split("\n")[0], cls) for name, cls in sections_of(stage).items()
-    ]
+    chapters += [(name, _summary(cls), cls) for name, cls in sections_of(stage).items()]
     return [
         (
             name,
