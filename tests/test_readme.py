@@ -1,4 +1,4 @@
-"""README claims nothing that has no row: its table and speed-ups stand in benchmarks/results."""
+"""README and docs/evidence.md claim nothing that has no row: their tables stand in benchmarks/results."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+EVIDENCE = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
 
 
 def rows(name: str) -> list[dict[str, str]]:
@@ -42,7 +43,7 @@ def test_the_quick_start_table_is_what_the_rows_say() -> None:
 
 
 def measured_lines() -> list[str]:
-    """The README's lines of measured ratios, from the newest row of each comparison."""
+    """The lines of measured ratios, from the newest row of each comparison."""
     native = {(row["op"], row["size"]): row for row in rows("native")}
     data = {row["impl"]: row for row in rows("data")}
     loader = {(row["what"], row["size"]): row for row in rows("loader")}
@@ -62,7 +63,7 @@ def measured_lines() -> list[str]:
     rates = [float(row["tokens_per_second"]) for row in (ours, theirs)]
 
     def link(name: str) -> str:
-        return f"[{name}](benchmarks/results/{name}.csv)"
+        return f"[{name}](../benchmarks/results/{name}.csv)"
 
     def accuracy(row: dict[str, str]) -> str:
         return f"{float(row['avg_at_8']):.1%} ({float(row['low']):.1%} to {float(row['high']):.1%})"
@@ -105,7 +106,7 @@ def measured_lines() -> list[str]:
 
 
 def test_the_measured_ratios_are_what_the_rows_say() -> None:
-    table = re.search(r"<!-- measured -->\n(.*?)<!-- /measured -->", README, flags=re.DOTALL)
+    table = re.search(r"<!-- measured -->\n(.*?)<!-- /measured -->", EVIDENCE, flags=re.DOTALL)
     assert table is not None
     assert table[1].splitlines()[2:] == measured_lines()
 
@@ -115,5 +116,16 @@ def test_the_differences_between_layouts_are_what_the_rows_say() -> None:
     assert set(newest) == {(stage, layout) for stage in ("sft", "rl") for layout in ("tp 2", "pp 2")}
     for (stage, layout), row in newest.items():
         name = {"sft": "SFT", "rl": "GRPO"}[stage]
-        assert f"{row['loss_difference']} ({name}, {layout})" in " ".join(README.split())
+        assert f"{row['loss_difference']} ({name}, {layout})" in " ".join(EVIDENCE.split())
         assert float(row["loss_difference"]) <= 1e-4
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.split()) < 1800
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")):
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            if not target.startswith(("http://", "https://")):
+                assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
