@@ -111,7 +111,9 @@ $(VENV)/bin/python:
 # the other are removed. With what tests need in one go, since each time builds the C++ module.
 COMPILER := command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
 	echo "   no C++ compiler found: slower Python code takes the place of the C++ module; phi4r doctor says so"
-SOURCES := pyproject.toml install.py $(wildcard constraints-*.txt) $(NATIVE)
+# An editable installation knows the packages that were there when it was made, so a new one installs again.
+PACKAGES := $(wildcard phi4r/*/__init__.py phi4r/*/*/__init__.py kernels/phi4r_kernels/__init__.py kernels/phi4r_kernels/*/__init__.py)
+SOURCES := pyproject.toml install.py $(wildcard constraints-*.txt) $(NATIVE) $(PACKAGES)
 
 $(STAMP): $(SOURCES) | $(VENV)/bin/python
 	@echo "== installing phi4r into $(VENV)"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator
 
+import hypothesis
 import pytest
 
 from tests import preloaded
@@ -15,6 +16,9 @@ from tests.timing import Timing
 __all__ = ["pytest_addoption", "pytest_collection_finish"]
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# No example may fail for taking long: machines differ by a factor of three, and others work on them too.
+hypothesis.settings.register_profile("phi4r", deadline=None)
+hypothesis.settings.load_profile("phi4r")
 preloaded.install()
 
 

@@ -100,29 +100,33 @@ def with_entropy_weights(rows: Sequence[PackedRow]) -> list[PackedRow]:
 
 def with_selected_tokens(
     rows: Sequence[PackedRow],
-    entropies_RT: npt.NDArray[np.float32],
+    entropies: Sequence[npt.NDArray[np.float32]],
     settings: ObjectiveConfig,
     random: np.random.Generator,
 ) -> list[PackedRow]:
     """The rows of a step, which have old_logprobs, with the tokens that the objective chooses among them all.
-    entropies_RT: before the first update."""
-    trained_RT = np.stack([row.extras["weights"] for row in rows]) != 0
+    entropies: one array [T] a row, before the first update."""
+    trained = np.concatenate([row.extras["weights"] for row in rows]) != 0
+    ends = np.cumsum([len(row.extras["weights"]) for row in rows])[:-1]
+
+    def marked(chosen_N: npt.NDArray[np.bool_]) -> list[npt.NDArray[np.float32]]:
+        marks = np.zeros(len(trained), dtype=np.float32)
+        marks[trained] = chosen_N
+        return np.split(marks, ends)
+
+    def of_trained(values: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+        return np.concatenate(list(values))[trained]
+
     result = list(rows)
-
-    def marked(chosen_N: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
-        marks_RT = np.zeros(trained_RT.shape, dtype=np.float32)
-        marks_RT[trained_RT] = chosen_N
-        return marks_RT
-
-    if not trained_RT.any():
-        return with_extra(with_extra(result, "top_entropy", trained_RT), "selected", trained_RT)
+    if not trained.any():
+        nothing = marked(np.zeros(0, dtype=np.bool_))
+        return with_extra(with_extra(result, "top_entropy", nothing), "selected", nothing)
     if settings.top_entropy < 1:
-        chosen_N = top_entropy(entropies_RT[trained_RT], settings.top_entropy)
+        chosen_N = top_entropy(of_trained(entropies), settings.top_entropy)
         result = with_extra(result, "top_entropy", marked(chosen_N))
     if settings.surrogate in ("clip_cov", "kl_cov"):
         old_N, advantages_N = (
-            np.stack([row.extras[name] for row in rows])[trained_RT]
-            for name in ("old_logprobs", "advantages")
+            of_trained([row.extras[name] for row in rows]) for name in ("old_logprobs", "advantages")
         )
         chosen_N = by_covariance(old_N, advantages_N, settings, random)
         result = with_extra(result, "selected", marked(chosen_N))
