@@ -114,6 +114,7 @@ class TrainingLoop:
         logger: MetricsLogger,
         progress: Progress,
         stop: StopFlag,
+        clock: StepClock,
     ) -> None:
         self.config, self.run_dir, self.engine, self.tokenizer = config, run_dir, engine, tokenizer
         self.name, self.state, self.start_step = name, state, state.step
@@ -127,7 +128,7 @@ class TrainingLoop:
         self._failed_saves = 0
         self._stall_s = 0.0
         self._metrics: dict[str, float] = {}
-        self.clock = StepClock(engine)
+        self.clock = clock
 
     def _make_saver(self) -> CheckpointSaver:
         layout, settings = self.engine.layout, self.config.checkpoint
@@ -280,6 +281,7 @@ def open_loop(
 ) -> Iterator[TrainingLoop]:
     """A restored `TrainingLoop` with its progress bar, sinks and signal handlers; saves at the end if so
     configured."""
+    clock = StepClock(engine)  # before the weights are loaded: what precedes the first step is its "start"
     state, num_steps = restore(config, run_dir, engine, name), config.train.num_steps
     every = max(config.log.every, math.ceil(num_steps / PLAIN_LINES))
     if state.step >= num_steps:
@@ -291,7 +293,16 @@ def open_loop(
         watch(run_dir, engine.layout.rank, engine.layout.world_size, config.parallel.timeout_s),
     ):
         loop = TrainingLoop(
-            config, run_dir, engine, tokenizer, name, state=state, logger=logger, progress=progress, stop=stop
+            config,
+            run_dir,
+            engine,
+            tokenizer,
+            name,
+            state=state,
+            logger=logger,
+            progress=progress,
+            stop=stop,
+            clock=clock,
         )
         yield loop
         loop.close()

@@ -312,7 +312,9 @@ def test_rows_longer_than_a_block_and_gradients_over_the_logits_memory(vocab: in
     assert fused_loss is not None
     values, fused = kernels.loss_and_grad(other, targets, terms, fused_loss, 1.25, True, dtype)
     logprob, entropy, largest, log_sum = plain.combine(stats[None].double(), 1.25)
-    torch.testing.assert_close(values[:2], torch.stack([logprob, entropy]).float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        values[:2], torch.stack([logprob, entropy]).to(torch.float32), rtol=1e-5, atol=1e-5
+    )
     points = torch.stack([largest, log_sum, entropy, *values[3:].double()])
     expected = plain.logit_grad(logits.double().clone(), targets, points, 1.25, torch.float64, True)
     steps = kernels.logit_grad(one, targets, points.to(torch.float32), 1.25, dtype, True)

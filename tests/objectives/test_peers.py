@@ -67,7 +67,9 @@ class Data:
         self.head = normal(VOCABULARY, HIDDEN).requires_grad_()
         self.targets = torch.randint(VOCABULARY, (total,), generator=random)
         policy = self.logprobs_and_entropy()[0].detach()
-        self.old, self.ref, self.roll = ((policy + spread * normal(total)).float() for _ in range(3))
+        self.old, self.ref, self.roll = (
+            (policy + spread * normal(total)).to(torch.float32) for _ in range(3)
+        )
 
     def logprobs_and_entropy(self) -> tuple[Tensor, Tensor]:
         logp = (self.hidden @ self.head.T).log_softmax(-1)

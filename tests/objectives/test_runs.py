@@ -17,7 +17,8 @@ from phi4r.configs.load import load_stage
 from phi4r.configs.sections import ObjectiveConfig
 from phi4r.configs.stages import RLConfig
 from phi4r.core.errors import ConfigError
-from phi4r.objectives.objective import PolicyObjective, formula
+from phi4r.objectives.formula import formula
+from phi4r.objectives.objective import PolicyObjective
 from phi4r.plan.memory import worst_stage
 from tests.golden.runner import CHECKPOINT, MODEL
 

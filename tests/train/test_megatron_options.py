@@ -19,6 +19,7 @@ from phi4r.cli.main import main
 from phi4r.configs.sections import ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from phi4r.core import optional
 from phi4r.core.errors import UserError
+from phi4r.families.registry import get_family
 from phi4r.models.attention import CoreAttention
 from phi4r.models.gpt import RMSNorm, layer_spec, pipeline_layout, transformer_config
 from phi4r.plan.states import rank_states
@@ -31,7 +32,7 @@ without_te = pytest.mark.skipif(
 
 
 def linears(kind: str) -> dict[str, Any]:
-    layer = layer_spec(kind).submodules
+    layer = layer_spec(get_family("phi4"), kind).submodules
     attention, mlp = layer.self_attention.submodules, layer.mlp.submodules
     assert layer.input_layernorm is layer.pre_mlp_layernorm is RMSNorm
     assert attention.core_attention is CoreAttention
