@@ -257,9 +257,13 @@ class VLLMEngine:
     # --- requests
 
     def generate(self, requests: Sequence[SampleRequest], options: SamplingOptions) -> list[Completion]:
-        """Completions of `requests`, in order, on every rank."""
+        """Completions of `requests`, in order, on every rank; batches in flight wait meanwhile."""
         self._require_usable(options)
-        return broadcast_object(self._wait(self._begin(lambda: self.fleet.generate(requests, options))))
+        self._interrupt()
+        found = broadcast_object(self._wait(self._begin(lambda: self.fleet.generate(requests, options))))
+        if self._num_open:
+            self._serve()
+        return found
 
     def _require_usable(self, options: SamplingOptions) -> None:
         """Raises UserError for a filter: a server's log-probs are then those of the filtered distribution,
