@@ -59,7 +59,7 @@ def digests(engine: VLLMEngine) -> list[dict[str, str]]:
     async def ask() -> list[dict[str, str]]:
         async with httpx.AsyncClient() as http:
             members = engine.fleet.members
-            return [await Client(http, member.url, engine.config).digests() for member in members]
+            return [await Client(http, member.url, engine.config, 60.0).digests() for member in members]
 
     return asyncio.run(ask())
 
