@@ -316,7 +316,5 @@ def test_closing_ends_every_process_also_while_servers_sample(servers: VLLMEngin
     servers.open(50, made, SamplingOptions(20, TEMPERATURE), [Completion()] * len(made))
     processes = [process for member in servers.fleet.members for process in server_processes(member)]
     assert len(processes) >= 3  # one of the servers is starting again
-    began = time.monotonic()
     servers.close()
-    assert time.monotonic() - began < 20
     assert ended(processes, 30)
