@@ -224,6 +224,12 @@ def test_rl_from_a_checkpoint_logs_every_documented_key(rl: Path) -> None:
     assert rows[1]["kl_ref"] > 0
 
 
+def test_every_metric_is_in_the_glossary(sft: Path, rl: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    logged = {key for run in (sft, rl) for row in read(run / "metrics.jsonl") for key in row}
+    assert [key for key in sorted(logged) if f"`{key}`" not in page] == []
+
+
 def test_rl_saves_every_rollout(rl: Path) -> None:
     accuracy = {row["step"]: row["accuracy"] for row in read(rl / "metrics.jsonl")}
     for step in range(1, RL_STEPS + 1):
