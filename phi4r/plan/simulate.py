@@ -7,15 +7,15 @@ a server stay the same, so the clock jumps from event to event and no token is s
     n steps                                       =  n x step + context x b x n (n - 1) / 2
     prefill                                       =  request + prefill x tokens; decoding waits meanwhile
 
-Requests wait in one queue, oldest draw first, and go to the server with the fewest; a server works on `slots`
-of them at once, as far as their keys and values fit (the newest is put back and prefilled again where they no
-longer do, as vLLM does). Three ways to run the loop, those of `rl.draws`:
+Requests wait in one queue, oldest batch first, and go to the server with the fewest; a server works on
+`slots` of them at once, as far as their keys and values fit (the newest is put back and prefilled again where
+they no longer do, as vLLM does). Three ways to run the loop, those of `rl.queue`:
 
-    synchronous     weights to the servers -> sample draw k -> train on it
-    one step off    draw k+1 is sampled with the weights that draw k is trained with, while that goes on
-    over-sampled    up to K draws beyond the needed one are open; new weights interrupt unfinished answers,
-                    which go on after a prefill of prompt and answer so far. Draws are trained on whole and in
-                    order, so that short answers have no advantage
+    synchronous     weights to the servers -> sample batch k -> train on it
+    one step off    batch k+1 is sampled with the weights that batch k is trained with, while that goes on
+    over-sampled    up to K batches beyond the needed one are open; new weights interrupt unfinished answers,
+                    which are resumed after a prefill of prompt and answer so far. Batches are trained on
+                    complete and in order, so that short answers have no advantage
 
 Lengths come from counters: the same arguments give the same answer to the digit.
 """
@@ -97,7 +97,7 @@ class Request:
     """prompt: tokens; length: tokens of the answer; done: of those, sampled by the last event that touched
     it. versions: (weights, tokens sampled by them); is_sent: a server has it, waiting or not."""
 
-    draw: int
+    batch: int
     prompt: int
     length: int
     done: float = 0.0
@@ -228,7 +228,7 @@ class Fleet:
     def submit(self, requests: Sequence[Request]) -> None:
         """Put requests at the end of the queue."""
         for request in requests:
-            self.left[request.draw] = self.left.get(request.draw, 0) + 1
+            self.left[request.batch] = self.left.get(request.batch, 0) + 1
         self.queue.extend(requests)
         self._hand_out(self.servers)
 
@@ -266,17 +266,19 @@ class Fleet:
         server = self.servers[index]
         server.advance(self.now)
         for request in server.take_ended(self.version):
-            self.left[request.draw] -= 1
+            self.left[request.batch] -= 1
         if self.queue or self.occupancy is not None or len(self.spec.costs) > 1:
             self._hand_out([server])
         elif server.waiting:
             server.admit()
         self.next[index] = server.next_event()
 
-    def finish(self, draw: int) -> float:
-        """Run until every answer of `draw` is whole; returns when."""
-        while self.left[draw]:
-            assert min(self.next) < math.inf, f"{self.left[draw]} answers of draw {draw} are with no server"
+    def finish(self, batch: int) -> float:
+        """Run until every answer of `batch` is whole; returns when."""
+        while self.left[batch]:
+            assert min(self.next) < math.inf, (
+                f"{self.left[batch]} answers of batch {batch} are with no server"
+            )
             self._event()
         return self.now
 
@@ -307,7 +309,7 @@ class Fleet:
 
 @dataclass(frozen=True)
 class Mode:
-    """How the loop is run. staleness: steps by which a draw may be sampled ahead; continuous: over-sampled,
+    """How the loop is run. staleness: steps by which a batch may be sampled ahead; continuous: over-sampled,
     else the servers get new weights only when they have nothing to do."""
 
     name: str
@@ -320,13 +322,13 @@ ONE_STEP_OFF = Mode("one step off", 1)
 
 
 def over_sampled(staleness: int) -> Mode:
-    """Up to `staleness` draws beyond the needed one."""
+    """Up to `staleness` batches beyond the needed one."""
     return Mode(f"over-sampled, {staleness} ahead", staleness, continuous=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loop:
-    """One run of the loop. lengths(draw): tokens of its answers; train_s(tokens): seconds of training on a
+    """One run of the loop. lengths(batch): tokens of its answers; train_s(tokens): seconds of training on a
     step's answers, in tokens with their prompts; sync_s: weights to the servers; between_s: all else that the
     trainer does in a step. warmup: steps at the beginning that are not counted."""
 
@@ -373,15 +375,15 @@ class Simulated:
 def simulate(loop: Loop, record: bool = False) -> Simulated:
     """Run `loop`. record: keep the occupancy over time."""
     mode, fleet = loop.mode, Fleet(loop.servers, record)
-    draws: list[list[Request]] = []
+    batches: list[list[Request]] = []
     begins, works, spans = list[float](), list[tuple[float, float]](), list[tuple[str, float, float]]()
     ages, tokens = list[tuple[float, int]](), 0.0
 
     def submit_up_to(last: int) -> None:
-        while len(draws) <= last:
-            number = len(draws)
-            draws.append([Request(number, loop.prompt_tokens, n) for n in loop.lengths(number)])
-            fleet.submit(draws[number])
+        while len(batches) <= last:
+            number = len(batches)
+            batches.append([Request(number, loop.prompt_tokens, n) for n in loop.lengths(number)])
+            fleet.submit(batches[number])
 
     def span(what: str, start: float) -> float:
         if fleet.now > start:
@@ -391,7 +393,7 @@ def simulate(loop: Loop, record: bool = False) -> Simulated:
     for step in range(loop.num_steps):
         begins.append(fleet.now)
         works.append(fleet.work())
-        if not mode.continuous and step < len(draws):
+        if not mode.continuous and step < len(batches):
             fleet.finish(step)
         at = span("wait", begins[-1])
         fleet.update(loop.sync_s)
@@ -402,7 +404,7 @@ def simulate(loop: Loop, record: bool = False) -> Simulated:
         at = span("wait", at)
         if mode.staleness and not mode.continuous:
             submit_up_to(step + 1)
-        answers = draws[step]
+        answers = batches[step]
         count = sum(request.length for request in answers)
         if step >= loop.warmup:
             tokens += count

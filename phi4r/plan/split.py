@@ -54,7 +54,7 @@ WEIGHTS_GB_S = 2.0
 DEFAULT_STALENESS = 2
 MAX_SPLITS = 4
 COUNTED_STEPS = 6
-"""Divided by one more than the draws that are open ahead: over-sampled steps come in such turns."""
+"""Divided by one more than the batches that are open ahead: over-sampled steps come in such turns."""
 
 
 class Simulations:
@@ -64,14 +64,14 @@ class Simulations:
         self.config, self.cluster, self.sync_s = config, cluster, sync_s
         self._drawn: dict[tuple[int, int], list[int]] = {}
 
-    def lengths(self, tokens: int, draw: int) -> list[int]:
-        """Of a draw's answers, of `tokens` on average."""
-        if (tokens, draw) not in self._drawn:
+    def lengths(self, tokens: int, batch: int) -> list[int]:
+        """Of a batch's answers, of `tokens` on average."""
+        if (tokens, batch) not in self._drawn:
             rollout = self.config.rollout
             count = rollout.prompts_per_step * rollout.group_size
             spread = Lengths(tokens, SIGMA, self.config.sampling.max_new_tokens)
-            self._drawn[tokens, draw] = spread.draw(count, self.config.seed, draw)
-        return self._drawn[tokens, draw]
+            self._drawn[tokens, batch] = spread.draw(count, self.config.seed, batch)
+        return self._drawn[tokens, batch]
 
     def run(
         self, mode: Mode, servers: Servers, trainer: Candidate, tokens: int, record: bool = False
@@ -84,7 +84,7 @@ class Simulations:
         loop = Loop(
             mode=mode,
             servers=servers,
-            lengths=lambda draw: self.lengths(tokens, draw),
+            lengths=lambda batch: self.lengths(tokens, batch),
             prompt_tokens=int(PROMPT_SHARE * self.config.rollout.max_prompt_tokens),
             train_s=lambda count: count * per_token,
             sync_s=self.sync_s,

@@ -191,7 +191,7 @@ def test_every_token_is_sampled_once_and_by_weights_that_were_there(mode: Mode, 
             assert sum(count for _, count in request.versions) == pytest.approx(request.length)
             numbers = [version for version, _ in request.versions]
             assert numbers == sorted(numbers)
-            assert max(request.draw - mode.staleness, 0) <= numbers[0] <= numbers[-1] <= request.draw
+            assert max(request.batch - mode.staleness, 0) <= numbers[0] <= numbers[-1] <= request.batch
     assert {fleet.left[draw] for draw in range(6)} == {0}
     in_fleet = sum(server.load for server in fleet.servers) + len(fleet.queue)
     assert in_fleet == sum(fleet.left.values())
