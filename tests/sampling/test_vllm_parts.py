@@ -27,7 +27,7 @@ from phi4r.sampling.types import Completion, PromptBatch, SampleRequest, Samplin
 from phi4r.sampling.vllm.client import CONNECTIONS, Client, ServerError, seed_of
 from phi4r.sampling.vllm.fleet import Board
 from phi4r.sampling.vllm.persistent import PersistentBatches
-from phi4r.sampling.vllm.server import ServerProcess
+from phi4r.sampling.vllm.server import EPHEMERAL_PORTS, ServerProcess, free_port
 from phi4r.sampling.vllm.weights import EMPTY, compare, digest, served_part
 
 MODEL = ModelConfig(
@@ -293,3 +293,8 @@ def test_servers_share_the_cores_and_leave_one_to_the_trainer(
     }
     assert variables[True]["OMP_NUM_THREADS"] == str(threads)
     assert "OMP_NUM_THREADS" not in variables[False]
+
+
+def test_a_servers_port_is_none_that_a_client_could_be_given() -> None:
+    lowest = int(EPHEMERAL_PORTS.read_text(encoding="ascii").split()[0])
+    assert all(free_port("127.0.0.1") < lowest for _ in range(20))

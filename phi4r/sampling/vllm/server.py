@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import shlex
 import socket
 import subprocess
@@ -33,13 +35,21 @@ RECEIVES = (
     "--weight-transfer-config", '{"backend": "phi4r"}',
 )  # fmt: skip
 """Options of a server that is sent its weights: it starts with random ones."""
+EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def free_port(host: str) -> int:
-    """A TCP port that nobody has at the address `host` just now."""
-    with socket.socket() as free:
-        free.bind((host, 0))
-        return int(free.getsockname()[1])
+    """A TCP port that nobody has at the address `host` just now. From below the range that outgoing
+    connections take theirs from: a server binds it only once its model is loaded, half a minute later."""
+    try:
+        lowest = int(EPHEMERAL_PORTS.read_text(encoding="ascii").split()[0])
+    except OSError:  # not Linux
+        lowest = 32_768
+    for port in (*random.SystemRandom().sample(range(lowest // 2, lowest), 64), 0):
+        with socket.socket() as found, contextlib.suppress(OSError):
+            found.bind((host, port))
+            return int(found.getsockname()[1])
+    raise OSError(f"no free port at {host}")
 
 
 class ServerProcess:
