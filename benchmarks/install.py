@@ -11,7 +11,7 @@ tests, or those of --suite). Exits 1 if one failed; what failed is printed. --wr
 results/install.csv as soon as the stage has ended.
 
 Columns: date (UTC), commit, dirty, cpu, environment, python, torch, triton, stage, tests (those of --suite),
-seconds (wall clock, beside what else ran), packages (with what tests need), download_gb (their wheels, as the
+seconds (wall clock, other load included), packages (with what tests need), download_gb (their wheels, as the
 index gives their sizes), disk_gb (the environment's folder), passed, failed, skipped (tests).
 """
 

@@ -286,7 +286,7 @@ class EmbeddedEngine:
             say(f"sampling: keys and values of {what} take up to {slots * sequence / GIB:,.2f} GiB")
 
     def _is_needed(self, left: int, has_more: bool) -> bool:
-        """Whether sampling goes on with `left` needed sequences here. Replicas that may sample later
+        """Whether sampling continues with `left` needed sequences here. Replicas that may sample later
         batches meanwhile agree on it in every round, so that all stop in the same one, run after run."""
         if not has_more or self.layout.num_replicas == 1:
             return left > 0
